@@ -1,0 +1,50 @@
+# Every target sets up what it needs: a virtual environment in .venv and the package in it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+WORKERS ?= 2
+
+.PHONY: help demo test test-slow test-parity lint format bench clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/package: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (set PYTHON=...)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/package
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/parity: $(VENV)/dev
+	@$(PIP) --editable '.[dev,parity]'
+	@touch $@
+
+demo: $(VENV)/package ## convert a model and generate from it
+	@$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/dev ## the quick tests, a few minutes on two cores
+	@$(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS)
+
+test-slow: $(VENV)/dev ## the tests that take minutes
+	@$(BIN)/python -m pytest -m 'slow and not parity'
+
+test-parity: $(VENV)/parity ## live comparison with Hugging Face transformers on torch
+	@$(BIN)/python -m pytest -m parity
+
+lint: $(VENV)/dev ## ruff and pyright
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+format: $(VENV)/dev ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(VENV)/package ## a short set of benchmarks; results go to benchmarks/results
+	@$(BIN)/python -m benchmarks.dense_decode --quick
+	@$(BIN)/python -m benchmarks.kernel_layout --quick
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,38 @@
+"""QuickSilver in pure JAX: frozen GPT-2 and Llama models that decode faster, honestly measured."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qs_jax.errors import QsJaxError as QsJaxError
+    from qs_jax.generation import GenerateOutput as GenerateOutput
+    from qs_jax.generation import StreamPiece as StreamPiece
+    from qs_jax.generation import generate as generate
+    from qs_jax.generation import stream as stream
+    from qs_jax.loading import Model as Model
+    from qs_jax.loading import load as load
+    from qs_jax.generation_config import GenerationConfig as GenerationConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GenerateOutput": "qs_jax.generation",
+    "GenerationConfig": "qs_jax.generation_config",
+    "Model": "qs_jax.loading",
+    "QsJaxError": "qs_jax.errors",
+    "StreamPiece": "qs_jax.generation",
+    "generate": "qs_jax.generation",
+    "load": "qs_jax.loading",
+    "stream": "qs_jax.generation",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `qs-jax --help` does not wait for jax."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qs_jax' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

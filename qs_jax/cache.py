@@ -1,0 +1,93 @@
+"""The KV cache: per layer and row, compacted slots. A token that writes nothing in a layer takes no slot there."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.models.attention import Segment
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys (rotary position applied), values, each slot's position, and how many slots each row has filled.
+
+    Slots 0 to length - 1 hold tokens in the order they were written; what lies beyond is never read.
+    """
+
+    keys: Float[Array, "batch kv_heads capacity head_dim"]
+    values: Float[Array, "batch kv_heads head_dim capacity"]
+    positions: Int[Array, "batch capacity"]
+    lengths: Int[Array, " batch"]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+
+Cache = tuple[LayerCache, ...]
+
+
+def bucket(length: int, limit: int, *, smallest: int = 64) -> int:
+    """The first of smallest, 2 · smallest, 4 · smallest, … that holds `length`, but no more than `limit`."""
+    size = smallest
+    while size < length:
+        size *= 2
+    return min(size, limit)
+
+
+def allocate(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache."""
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    return tuple(
+        LayerCache(
+            keys=jnp.zeros((batch, heads, capacity, head_dim), dtype),
+            values=jnp.zeros((batch, heads, head_dim, capacity), dtype),
+            positions=jnp.zeros((batch, capacity), jnp.int32),
+            lengths=jnp.zeros((batch,), jnp.int32),
+        )
+        for _ in range(config.num_hidden_layers)
+    )
+
+
+def segment(layer: LayerCache) -> Segment:
+    """What later tokens may look at: every filled slot. Slots hold only the past, so no causal mask is needed."""
+    slots = jnp.arange(layer.capacity, dtype=jnp.int32)
+    return Segment(layer.keys, layer.values, (slots < layer.lengths[:, None])[:, None, :])
+
+
+def append(
+    layer: LayerCache,
+    k: Float[Array, "batch tokens kv_heads head_dim"],
+    v: Float[Array, "batch tokens kv_heads head_dim"],
+    positions: Int[Array, "batch tokens"],
+    writes: Bool[Array, "batch tokens"],
+) -> LayerCache:
+    """Write tokens into the next free slots; tokens that do not write, or find no slot left, change nothing."""
+    slots = layer.lengths[:, None] + jnp.cumsum(writes, axis=1, dtype=jnp.int32) - 1
+    slots = jnp.where(writes, slots, layer.capacity)
+    rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+    added = writes.sum(axis=1, dtype=jnp.int32)
+    return LayerCache(
+        keys=layer.keys.at[rows, :, slots].set(k.astype(layer.keys.dtype), mode="drop"),
+        values=layer.values.at[rows, :, :, slots].set(v.astype(layer.values.dtype), mode="drop"),
+        positions=layer.positions.at[rows, slots].set(positions, mode="drop"),
+        lengths=jnp.minimum(layer.lengths + added, layer.capacity),
+    )
+
+
+def grow(cache: Cache, capacity: int) -> Cache:
+    """The same slots with room for more."""
+
+    def wider(layer: LayerCache) -> LayerCache:
+        extra = capacity - layer.capacity
+        return LayerCache(
+            keys=jnp.pad(layer.keys, ((0, 0), (0, 0), (0, extra), (0, 0))),
+            values=jnp.pad(layer.values, ((0, 0), (0, 0), (0, 0), (0, extra))),
+            positions=jnp.pad(layer.positions, ((0, 0), (0, extra))),
+            lengths=layer.lengths,
+        )
+
+    return tuple(wider(layer) for layer in cache)

@@ -1,0 +1,192 @@
+"""The `qs-jax` command. Everything heavy is imported inside the commands, so that `--help` is instant."""
+
+import sys
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from qs_jax.console import print_json, reporting_errors
+from qs_jax.errors import GenerationError
+from qs_jax.generation_config import GenerationConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Faster decoding of frozen GPT-2 and Llama models in pure JAX.",
+)
+
+DEFAULTS = {field.name: field.default for field in fields(GenerationConfig)}
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, Hugging Face folder, or hub id.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
+PolicyOption = Annotated[str, typer.Option("--policy", help="Which mechanisms are on: off.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check a converted folder against its checksums.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps subcommands even where there is only one."""
+
+
+@app.command(
+    epilog="""Examples:
+
+  qs-jax generate ./model --prompt "Once upon a time"
+
+  qs-jax generate ./model --prompt "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
+
+  echo "Once upon a time" | qs-jax generate ./model --prompt - --max-new-tokens 64 --json"""
+)
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for a batch; - reads stdin.")],
+    policy: PolicyOption = DEFAULTS["policy"],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to produce.")] = DEFAULTS["max_new_tokens"],
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among tokens that reach this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Leave out tokens less likely than this share of the best.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: repeated tokens become less likely.")
+    ] = DEFAULTS["repetition_penalty"],
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
+    num_return_sequences: Annotated[int, typer.Option(help="Samples per prompt.")] = DEFAULTS["num_return_sequences"],
+    seed: Annotated[int | None, typer.Option(help="Repeats a sample; drawn and reported if not given.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    verify: Verify = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue one or more prompts; text appears as it is made."""
+    with reporting_errors(debug):
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        settings = {
+            "policy": policy,
+            "max_new_tokens": max_new_tokens,
+            "repetition_penalty": repetition_penalty,
+            "stop_strings": stop or (),
+            "num_return_sequences": num_return_sequences,
+            "seed": seed,
+            **_sampling(sampling, asked=num_return_sequences > 1 or seed is not None),
+        }
+        GenerationConfig.of(**settings)
+        prompts: list[Any] = [sys.stdin.read() if text == "-" else text for text in prompt]
+        if chat:
+            prompts = [[{"role": "user", "content": text}] for text in prompts]
+        from qs_jax.loading import load
+
+        loaded = load(model, dtype=dtype, revision=revision, verify=verify)
+        _print_generation(loaded, prompts, settings, json=json)
+
+
+@app.command(
+    epilog="""Examples:
+
+  qs-jax bench ./model
+
+  qs-jax bench ./model --batch 8 --prompt-tokens 512 --new-tokens 128 --json"""
+)
+def bench(
+    model: ModelArgument,
+    policy: PolicyOption = DEFAULTS["policy"],
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompts.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per row.")] = 64,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    verify: Verify = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure prefill and decoding speed, and how much of the memory bandwidth decoding reaches."""
+    with reporting_errors(debug):
+        GenerationConfig.of(policy=policy)
+        from qs_jax.evaluation.benchmark import benchmark
+        from qs_jax.loading import load
+
+        loaded = load(model, dtype=dtype, revision=revision, verify=verify)
+        figures = benchmark(loaded, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        if json:
+            print_json(figures)
+            return
+        print(
+            f"{figures['tokens_per_second']:.1f} tokens/s at batch {batch} ({figures['decode_ms_per_step']:.2f} ms a step)\n"
+            f"{figures['bandwidth_gb_s']:.1f} GB/s of weights, {figures['bandwidth_fraction']:.0%} of measured bandwidth\n"
+            f"prefill of {prompt_tokens} tokens {figures['prefill_s']:.3f} s, compilation {figures['compile_s']:.1f} s, "
+            f"peak memory {figures['peak_rss_mb']:.0f} MB"
+        )
+
+
+def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:
+    """On the command line, giving a sampling setting asks for sampling; temperature 0 asks for greedy decoding."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given.get("temperature") == 0:
+        if len(given) > 1 or asked:
+            raise GenerationError("--temperature 0 is greedy; leave out the other sampling options")
+        return {}
+    return {**given, "do_sample": True} if given or asked else {}
+
+
+def _print_generation(loaded: Any, prompts: list[Any], settings: dict[str, Any], *, json: bool) -> None:
+    from qs_jax.generation import generate, stream
+
+    rows = len(prompts) * settings["num_return_sequences"]
+    if json:
+        output = generate(loaded, prompts, **settings)
+        print_json(
+            {
+                "texts": output.texts,
+                "tokens": output.tokens,
+                "lengths": output.lengths,
+                "finish_reasons": output.finish_reasons,
+                "logprobs": output.logprobs,
+                "seeds": output.seeds,
+                "layers_run": output.trace["layers_run"],
+                "ledger": output.ledger,
+                "timing": output.timing,
+            }
+        )
+        return
+    if rows == 1:
+        output = _print_stream(prompts[0], stream(loaded, prompts, **settings))
+    else:
+        output = generate(loaded, prompts, **settings)
+        for row, text in enumerate(output.texts):
+            print(f"--- {row + 1} of {rows} ({output.finish_reasons[row]})\n{text}")
+    timing = output.timing
+    print(
+        f"{sum(output.lengths)} tokens, {timing['tokens_per_second']:.1f} tokens/s "
+        f"(prefill {timing['prefill_s']:.2f} s, decoding {timing['decode_s']:.2f} s, "
+        f"of which compiling {timing['compile_s']:.2f} s), {', '.join(sorted(set(output.finish_reasons)))}",
+        file=sys.stderr,
+    )
+
+
+def _print_stream(prompt: Any, pieces: Any) -> Any:
+    """Write a single row as it is made, after its prompt; what was written stays if the user interrupts."""
+    if isinstance(prompt, str):
+        print(prompt, end="", flush=True)
+    try:
+        while True:
+            print(next(pieces).text, end="", flush=True)
+    except StopIteration as finished:
+        return finished.value
+    finally:
+        print(flush=True)
+
+
+def main() -> None:
+    """Entry point of `qs-jax`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What both command lines share: one-line errors, JSON on stdout, progress on stderr. Imports nothing heavy."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qs_jax.errors import QsJaxError
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+@contextmanager
+def reporting_errors(debug: bool) -> Iterator[None]:
+    """Turn exceptions into one line on stderr and an exit status: 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(EXIT_ERROR) from None
+    except QsJaxError as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: internal: {type(error).__name__}: {one_line(error)} (rerun with --debug)", file=sys.stderr)
+        raise SystemExit(EXIT_ERROR) from None
+
+
+def one_line(error: BaseException) -> str:
+    """The message with line breaks and control characters taken out: it may quote a hostile file."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def print_json(payload: Any) -> None:
+    """Print one JSON object on stdout."""
+    print(json.dumps(payload, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, when that is a terminal; yields `advance(n=1)`."""
+    if not sys.stderr.isatty():
+        yield lambda n=1: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n=1: bar.advance(task, n)

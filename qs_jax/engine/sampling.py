@@ -1,0 +1,117 @@
+"""From logits to the next token: Hugging Face's logits processors, in its order, as traced arithmetic."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+Scalar = Float[Array, "*#batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Numbers that shape the next-token distribution; traced, so changing one compiles nothing.
+
+    Each is one number or one per row. Neutral: temperature 1, top_k 0, top_p 1, min_p 0, repetition_penalty 1.
+    """
+
+    temperature: Scalar
+    top_k: Int[Array, "*#batch"]
+    top_p: Scalar
+    min_p: Scalar
+    repetition_penalty: Scalar
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What the compiled step contains. Static: greedy decoding holds no sampling code, no table of seen tokens."""
+
+    do_sample: bool = False
+    penalise: bool = False
+
+
+def process_logits(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], settings: SamplingSettings
+) -> Float[Array, "batch vocab"]:
+    """Repetition penalty, temperature, top-k, top-p, min-p; -inf where a token is ruled out.
+
+    `seen` marks the tokens of the row's prompt and output. The order and every inequality are those of Hugging
+    Face's `LogitsProcessor` classes, so scores are equal to theirs; ties at a threshold are all kept.
+    """
+    scores = penalise(logits, seen, settings) / _column(settings.temperature)
+    scores = _keep_top_k(scores, _column(settings.top_k))
+    scores = _keep_top_p(scores, _column(settings.top_p))
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    floor = _column(settings.min_p) * probabilities.max(axis=-1, keepdims=True)
+    return jnp.where(probabilities < floor, -jnp.inf, scores)
+
+
+def penalise(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], settings: SamplingSettings
+) -> Float[Array, "batch vocab"]:
+    """Make tokens that already occurred less likely (CTRL, arXiv 1909.05858)."""
+    penalty = _column(settings.repetition_penalty)
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def next_tokens(
+    logits: Float[Array, "batch vocab"],
+    seen: Bool[Array, "batch seen_vocab"],
+    keys: Key[Array, " batch"],
+    settings: SamplingSettings,
+    plan: SamplingPlan,
+) -> Int[Array, " batch"]:
+    """Choose one token per row: the most likely, or a sample drawn with the row's own key (Gumbel-max)."""
+    if not plan.do_sample:
+        scores = penalise(logits, seen, settings) if plan.penalise else logits
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if not plan.penalise:
+        seen = jnp.zeros(logits.shape, bool)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    return jnp.argmax(process_logits(logits, seen, settings) + noise, axis=-1).astype(jnp.int32)
+
+
+def _keep_top_k(scores: Float[Array, "batch vocab"], top_k: Int[Array, "#batch 1"]) -> Float[Array, "batch vocab"]:
+    limit = jnp.where(top_k > 0, top_k, scores.shape[-1]).astype(jnp.float32)
+    return jnp.where(_within(scores, jnp.ones_like(scores), limit), scores, -jnp.inf)
+
+
+def _keep_top_p(scores: Float[Array, "batch vocab"], top_p: Float[Array, "#batch 1"]) -> Float[Array, "batch vocab"]:
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    kept = _within(probabilities, probabilities, top_p) | (top_p >= 1.0)
+    return jnp.where(kept, scores, -jnp.inf)
+
+
+def _within(
+    values: Float[Array, "batch vocab"], weights: Float[Array, "batch vocab"], limit: Float[Array, "#batch 1"]
+) -> Bool[Array, "batch vocab"]:
+    """Entries such that everything strictly greater weighs less than `limit`; the greatest is always kept.
+
+    Top-k (weights 1, limit k) and top-p (weights = probabilities, limit p) are both of this form. The threshold
+    is found by bisection over the 2³² float32 bit patterns: 32 sums in place of a sort of the vocabulary.
+    """
+    order = _ordered_bits(values)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // jnp.uint32(2)
+        enough = jnp.where(order > middle, weights, 0.0).sum(axis=-1, keepdims=True) < limit
+        return jnp.where(enough, low, middle + jnp.uint32(1)), jnp.where(enough, middle, high)
+
+    greatest = order.max(axis=-1, keepdims=True)
+    _, threshold = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(greatest), greatest))
+    return order >= threshold
+
+
+def _ordered_bits(x: Float[Array, "batch vocab"]) -> UInt[Array, "batch vocab"]:
+    """Unsigned integers in the same order as the floats."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(0x80000000)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _column(x: Array) -> Array:
+    """A setting given once or per row, as a column to set against (batch, vocab)."""
+    return jnp.reshape(x, (-1, 1))

@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message is one line: what is wrong, with what, and what to do."""
+
+
+class QsJaxError(Exception):
+    """Base of every error the package raises on purpose; the command line prints it without a traceback."""
+
+
+class CheckpointError(QsJaxError):
+    """A model folder or weight file is missing, truncated, mismatched or corrupt."""
+
+
+class ConfigError(QsJaxError):
+    """A `config.json` is missing a number, holds an absurd one, or asks for mathematics we do not implement."""
+
+
+class TokenizerError(QsJaxError):
+    """The tokenizer is missing or cannot encode or decode what it was given."""
+
+
+class GenerationError(QsJaxError, ValueError):
+    """A generation request that cannot be served: empty or over-long prompt, settings out of range."""

@@ -1,0 +1,79 @@
+"""How fast does a model decode here, and how close is that to what the memory allows?"""
+
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qs_jax.adaptive.ledger import Costs
+from qs_jax.generation import CHUNK, generate
+from qs_jax.loading import Model
+
+_PROBE_MEGABYTES = 256
+
+
+def measured_bandwidth(repeats: int = 10) -> float:
+    """Bytes per second at which a matrix far larger than the caches is read by a matrix-vector product."""
+    columns = 4096
+    rows = _PROBE_MEGABYTES * 2**20 // (4 * columns)
+    matrix = jnp.ones((rows, columns), jnp.float32)
+    vector = jnp.ones((columns,), jnp.float32)
+    product = jax.jit(lambda m, v: m @ v)
+    product(matrix, vector).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        product(matrix, vector).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return matrix.nbytes / statistics.median(seconds)
+
+
+def benchmark(
+    model: Model, *, batch: int = 1, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 3, seed: int = 0
+) -> dict[str, Any]:
+    """Time prefill and decoding of random prompts, compilation apart; medians over `repeats` runs.
+
+    Returns:
+        The figures of the command line's JSON contract. `decode_ms_per_step` is for the whole batch,
+        `tokens_per_second` counts all rows while decoding, `bandwidth_gb_s` is bytes of weights read per second of
+        decoding, and `bandwidth_fraction` sets that against a matrix-vector product measured in the same process.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).tolist()
+
+    def run() -> Any:
+        return generate(model, prompts, max_new_tokens=new_tokens + 1, eos_token_id=[])
+
+    compile_s = run().timing["compile_s"]
+    ceiling = measured_bandwidth()
+    outputs = [run() for _ in range(repeats)]
+    step = statistics.median(o.timing["decode_s"] / o.timing["decode_steps"] for o in outputs)
+    costs = Costs.of(model.network)
+    bandwidth = (costs.layers * costs.block_bytes + costs.head_bytes) / step
+    return {
+        "tokens_per_second": batch / step,
+        "decode_ms_per_step": 1e3 * step,
+        "prefill_s": statistics.median(o.timing["prefill_s"] for o in outputs),
+        "compile_s": compile_s,
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "bandwidth_fraction": bandwidth / ceiling,
+        "peak_rss_mb": peak_rss_mb(),
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "chunk": CHUNK,
+        "dtype": str(model.dtype),
+        "device": jax.devices()[0].device_kind,
+        "ledger": outputs[0].ledger,
+    }
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in megabytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,198 @@
+"""The host API: prompts in, text out, with Hugging Face's names and semantics."""
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from qs_jax.engine.session import Request, Session
+from qs_jax.engine.stopping import Detokenizer, ends_with_stop
+from qs_jax.loading import Model
+from qs_jax.generation_config import GenerationConfig
+from qs_jax.request import Prompt, prepare
+
+FinishReason = Literal["eos", "stop_string", "length"]
+
+CHUNK = 32
+"""Decode steps per call of the compiled program."""
+
+_STREAMING_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns. Rows are prompt-major: all sequences of the first prompt, then of the second.
+
+    `sequences` is `tokens` as one rectangle, padded on the right. `tokens` holds only new tokens, the end-of-text id included where one was produced; `logprobs` are their natural
+    log-probabilities under the model's own distribution, before temperature or penalties. `texts` is the new text.
+    `seeds` repeats the call. `trace["layers_run"]` says, per row and token, how many layers ran for it. Times in
+    `timing` are seconds of wall clock; `compile_s` is included in the phase in which it happened.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    sequences: Int[np.ndarray, "rows longest"]
+    lengths: list[int]
+    finish_reasons: list[FinishReason]
+    logprobs: list[list[float]]
+    seeds: list[int]
+    trace: dict[str, Any]
+    ledger: dict[str, float]
+    timing: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StreamPiece:
+    """Text and tokens a row gained; `finish_reason` is set on its last piece."""
+
+    row: int
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class _Row:
+    """A row's output so far. Text is made as tokens arrive only where somebody looks at it before the end."""
+
+    detokenizer: Detokenizer | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class _Generation:
+    """One request on its way through a session: rows grow, end, and become output."""
+
+    def __init__(self, model: Model, config: GenerationConfig, request: Request, *, streaming: bool):
+        self.session = Session(model.network, request)
+        self.request = request
+        self.stop_strings = config.stop_strings
+        self.pad_token_id = _pad_token_id(model, config)
+        self.watching = streaming or bool(config.stop_strings)
+        prompts = [prompt for prompt in request.prompts for _ in range(request.copies)]
+        self.rows = [_Row(Detokenizer(model.tokenizer, p) if model.tokenizer else None) for p in prompts]
+
+    def pieces(self) -> Iterator[StreamPiece]:
+        """Run to the end; yields what each row gained in each chunk."""
+        for chosen in self.session.chunks():
+            for index, row in enumerate(self.rows):
+                if row.finish_reason is None:
+                    emitted = chosen.emitted[:, index]
+                    new = chosen.tokens[emitted, index].tolist()
+                    yield self._extend(index, row, new, chosen.logprobs[emitted, index].tolist())
+
+    def _extend(self, index: int, row: _Row, tokens: list[int], logprobs: list[float]) -> StreamPiece:
+        text, used = "", 0
+        for token in tokens:
+            used += 1
+            piece = row.detokenizer.push(token) if row.detokenizer and self.watching else ""
+            text += piece
+            row.finish_reason = self._finish_reason(row, token, piece, len(row.tokens) + used)
+            if row.finish_reason:
+                self.session.finish(index)
+                break
+        row.tokens += tokens[:used]
+        row.logprobs += logprobs[:used]
+        if row.finish_reason and row.detokenizer and self.watching:
+            text += row.detokenizer.flush()
+        return StreamPiece(index, text, tokens[:used], row.finish_reason)
+
+    def _finish_reason(self, row: _Row, token: int, piece: str, length: int) -> FinishReason | None:
+        if token in self.request.eos_token_ids:
+            return "eos"
+        if piece and row.detokenizer and ends_with_stop(row.detokenizer.text, piece, self.stop_strings):
+            return "stop_string"
+        return "length" if length >= self.request.max_new_tokens else None
+
+    def output(self, elapsed: float) -> GenerateOutput:
+        lengths = [len(row.tokens) for row in self.rows]
+        layers = self.session.model.config.num_hidden_layers
+        decode_s = self.session.decode_seconds
+        return GenerateOutput(
+            texts=[self._text(row) for row in self.rows],
+            tokens=[row.tokens for row in self.rows],
+            sequences=_rectangle([row.tokens for row in self.rows], self.pad_token_id),
+            lengths=lengths,
+            finish_reasons=[row.finish_reason or "length" for row in self.rows],
+            logprobs=[row.logprobs for row in self.rows],
+            seeds=[seed for seed, _ in self.request.seeds],
+            trace={"layers_run": [[layers] * length for length in lengths]},
+            ledger=self.session.ledger.to_json(),
+            timing={
+                "total_s": elapsed,
+                "prefill_s": self.session.prefill_seconds,
+                "decode_s": decode_s,
+                "decode_steps": self.session.decode_steps,
+                "compile_s": self.session.compile_seconds,
+                "tokens_per_second": sum(lengths) / elapsed,
+            },
+        )
+
+    def _text(self, row: _Row) -> str:
+        if row.detokenizer is None:
+            return ""
+        if not self.watching:
+            for token in row.tokens:
+                row.detokenizer.push(token)
+            row.detokenizer.flush()
+        return row.detokenizer.text
+
+
+def generate(model: Model, prompts: Prompt | Sequence[Prompt], **settings: Any) -> GenerateOutput:
+    """Continue one prompt or a batch of them.
+
+    Prompts are strings, chat conversations (lists of `{"role", "content"}` messages, where the tokenizer has a chat
+    template) or lists of token ids, and may be of any lengths: each row gets what it would get alone.
+
+    Args:
+        model: what `qs_jax.load` returned.
+        prompts: one prompt or a list of them.
+        **settings: the fields of `GenerationConfig`.
+
+    Raises:
+        GenerationError: an empty or over-long prompt, or a setting that is unknown or out of range.
+        TokenizerError: text was given and the model has no tokenizer, or chat and it has no template.
+    """
+    started = time.perf_counter()
+    config = GenerationConfig.of(**settings)
+    generation = _Generation(model, config, prepare(model, prompts, config, chunk_size=CHUNK), streaming=False)
+    for _ in generation.pieces():
+        pass
+    return generation.output(time.perf_counter() - started)
+
+
+def stream(
+    model: Model, prompts: Prompt | Sequence[Prompt], **settings: Any
+) -> Generator[StreamPiece, None, GenerateOutput]:
+    """Like `generate`, but yields each row's text as it is made; the generator's return value is the whole output.
+
+    The pieces of a row join to exactly the text that `generate` returns. Arguments and errors are those of
+    `generate`; a bad request is refused before the first piece is asked for.
+    """
+    started = time.perf_counter()
+    config = GenerationConfig.of(**settings)
+    request = prepare(model, prompts, config, chunk_size=_STREAMING_CHUNK)
+    generation = _Generation(model, config, request, streaming=True)
+
+    def pieces() -> Generator[StreamPiece, None, GenerateOutput]:
+        yield from generation.pieces()
+        return generation.output(time.perf_counter() - started)
+
+    return pieces()
+
+
+def _pad_token_id(model: Model, config: GenerationConfig) -> int:
+    """The id asked for, else the model's, else its end of text (as Hugging Face does), else 0."""
+    choices = (config.pad_token_id, model.config.pad_token_id, *model.config.eos_token_ids, 0)
+    return next(choice for choice in choices if choice is not None)
+
+
+def _rectangle(rows: Sequence[Sequence[int]], pad_token_id: int) -> Int[np.ndarray, "rows longest"]:
+    array = np.full((len(rows), max(map(len, rows), default=0)), pad_token_id, np.int32)
+    for index, row in enumerate(rows):
+        array[index, : len(row)] = row
+    return array

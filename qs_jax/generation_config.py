@@ -1,0 +1,92 @@
+"""How to generate: Hugging Face's names, checked once. Imports nothing heavy, so the command line can show defaults."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from qs_jax.errors import GenerationError
+
+Policy = Literal["off"]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to generate; names and meanings are Hugging Face's.
+
+    Attributes:
+        policy: which mechanisms are on; "off" is the dense model.
+        max_new_tokens: most tokens to produce per row.
+        do_sample: draw from the distribution instead of taking the most likely token.
+        temperature: divides the logits before sampling; above 0.
+        top_k: sample among the k most likely tokens; 0 for all.
+        top_p: sample among the most likely tokens that together reach this probability; 1 for all.
+        min_p: leave out tokens less likely than this fraction of the most likely one; 0 for none.
+        repetition_penalty: divides (or, if negative, multiplies) the logits of tokens already in the row; 1 for none.
+        eos_token_id: id or ids that end a row; None for the model's own, an empty list for none.
+        pad_token_id: fills `GenerateOutput.sequences` behind rows that ended; None for the model's own.
+        stop_strings: texts that end a row, also where they straddle tokens; the text keeps them, as in Hugging Face.
+        num_return_sequences: sequences per prompt; needs `do_sample`.
+        seed: a number, or one per prompt. A row's tokens depend on its own prompt, seed and sequence number only, so
+            equal prompts with equal seeds give equal text. None draws one and reports it in `GenerateOutput.seeds`.
+    """
+
+    policy: Policy = "off"
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    stop_strings: Sequence[str] = ()
+    num_return_sequences: int = 1
+    seed: int | Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, **settings: Any) -> "GenerationConfig":
+        """Like the constructor, but an unknown name is a `GenerationError` that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise GenerationError(f"unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
+        if isinstance(settings.get("stop_strings"), str):
+            settings["stop_strings"] = (settings["stop_strings"],)
+        return cls(**{**settings, "stop_strings": tuple(settings.get("stop_strings") or ())})
+
+    def __post_init__(self) -> None:
+        self._require("policy", self.policy in get_args(Policy), "one of " + ", ".join(get_args(Policy)))
+        self._require("max_new_tokens", is_integer(self.max_new_tokens, 1), "a whole number from 1")
+        self._require("num_return_sequences", is_integer(self.num_return_sequences, 1), "a whole number from 1")
+        self._require("top_k", is_integer(self.top_k, 0), "a whole number from 0 (0 for no limit)")
+        self._require(
+            "temperature",
+            _is_number(self.temperature) and self.temperature > 0,
+            "a number above 0 (for greedy decoding set do_sample=False)",
+        )
+        self._require("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        self._require("repetition_penalty", _is_number(penalty) and penalty > 0, "a number above 0")
+        self._require("stop_strings", all(isinstance(s, str) and s for s in self.stop_strings), "non-empty strings")
+        if not self.do_sample:
+            sampling = (self.temperature, self.top_k, self.top_p, self.min_p, self.num_return_sequences)
+            if sampling != (1.0, 0, 1.0, 0.0, 1):
+                names = "temperature, top_k, top_p, min_p and num_return_sequences"
+                raise GenerationError(f"{names} need do_sample=True; greedy decoding would ignore them")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise GenerationError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+def is_integer(value: Any, minimum: int | None = None) -> bool:
+    """Whole numbers of Python and numpy; booleans are not numbers here."""
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    return whole and (minimum is None or value >= minimum)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

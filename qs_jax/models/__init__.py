@@ -1,0 +1,50 @@
+"""The architectures, by the `model_type` that Hugging Face's `config.json` names."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from qs_jax.config import ModelConfig
+from qs_jax.errors import ConfigError
+from qs_jax.models import gpt2, llama
+from qs_jax.models.base import Block, CausalLM, forward
+
+
+class Architecture(NamedTuple):
+    """How to read an architecture's configuration and build its module."""
+
+    config_from_hf: Callable[[Mapping[str, Any], str], ModelConfig]
+    network: type[CausalLM]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture(gpt2.config_from_hf, gpt2.GPT2),
+    "llama": Architecture(llama.config_from_hf, llama.Llama),
+}
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """Read a Hugging Face `config.json` of any known architecture.
+
+    Raises:
+        ConfigError: `model_type` is missing or unknown, or the architecture refuses the configuration.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise ConfigError(f"{source}: model_type {model_type!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type].config_from_hf(raw, source)
+
+
+def random_network(config: ModelConfig, *, seed: int, dtype: Any = jnp.float32) -> CausalLM:
+    """A network with random weights, as at the start of training (normal, std 0.02, scaled residual outputs)."""
+    return ARCHITECTURES[config.model_type].network(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))
+
+
+def abstract_network(config: ModelConfig, *, dtype: Any = jnp.float32) -> CausalLM:
+    """The network with shapes in place of weights: nothing is allocated."""
+    return nnx.eval_shape(lambda: random_network(config, seed=0, dtype=dtype))
+
+
+__all__ = ["ARCHITECTURES", "Block", "CausalLM", "abstract_network", "forward", "parse_config", "random_network"]

@@ -1,0 +1,106 @@
+"""The Block contract: all that the engine knows of an architecture."""
+
+from abc import abstractmethod
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.models.attention import View, attention, new_segment
+from qs_jax.models.layers import Embedding, Linear, project
+
+Hidden = Float[Array, "batch tokens hidden"]
+Heads = Float[Array, "batch tokens kv_heads head_dim"]
+Positions = Int[Array, "batch tokens"]
+
+
+class Block(nnx.Module):
+    """One decoder layer, callable in parts. Every part takes the residual stream and normalises it itself."""
+
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        bias, kv_features = config.attention_bias, config.num_key_value_heads * head_dim
+        residual_std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
+        self.config = config
+        self.scale = config.scale(layer)
+        self.q = Linear(hidden, heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.k = Linear(hidden, kv_features, bias=bias, dtype=dtype, rngs=rngs)
+        self.v = Linear(hidden, kv_features, bias=bias, dtype=dtype, rngs=rngs)
+        self.o = Linear(heads * head_dim, hidden, bias=bias, dtype=dtype, rngs=rngs, std=residual_std)
+
+    @abstractmethod
+    def attention_norm(self, hidden_states: Hidden) -> Hidden:
+        """Normalise the residual stream for the attention half."""
+
+    @abstractmethod
+    def place(self, heads: Heads, positions: Positions) -> Heads:
+        """Mark queries or keys with their positions (rotary), or return them unchanged (learned positions)."""
+
+    @abstractmethod
+    def mlp(self, hidden_states: Hidden) -> Hidden:
+        """The feed-forward half's update to the residual stream."""
+
+    def kv(self, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
+        """Keys, with positions already applied, and values of the given tokens."""
+        x = self.attention_norm(hidden_states)
+        return self.place(self._split(self.k(x)), positions), self._split(self.v(x))
+
+    def attend(self, hidden_states: Hidden, positions: Positions, view: View) -> Hidden:
+        """The attention half's update to the residual stream, over the keys and values in `view`."""
+        q = self.place(self._split(self.q(self.attention_norm(hidden_states))), positions)
+        return self.o(attention(q, view, self.scale))
+
+    def run(self, hidden_states: Hidden, positions: Positions, past: View) -> tuple[Hidden, Heads, Heads]:
+        """The whole layer for new tokens that see `past` and, causally, each other; also their keys and values."""
+        k, v = self.kv(hidden_states, positions)
+        hidden_states += self.attend(hidden_states, positions, (*past, new_segment(k, v)))
+        hidden_states += self.mlp(hidden_states)
+        return hidden_states, k, v
+
+    def _split(self, features: Float[Array, "batch tokens features"]) -> Heads:
+        return features.reshape(*features.shape[:-1], -1, self.config.head_dim)
+
+
+class CausalLM(nnx.Module):
+    """A decoder: `embed`, `blocks`, `head`. A pytree of its weights; nothing in it ever mutates."""
+
+    blocks: nnx.List[Block]
+    embedding: Embedding
+    lm_head: Linear | None
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        hidden, vocab = config.hidden_size, config.padded_vocab_size
+        tied = config.tie_word_embeddings
+        self.embedding = Embedding(vocab, hidden, dtype=dtype, rngs=rngs)
+        self.lm_head = None if tied else Linear(hidden, vocab, bias=False, dtype=dtype, rngs=rngs)
+
+    @abstractmethod
+    def embed(self, tokens: Int[Array, "batch tokens"], positions: Positions) -> Hidden:
+        """The residual stream that enters the first block."""
+
+    @abstractmethod
+    def final_norm(self, hidden_states: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
+        """Normalise the residual stream that leaves the last block."""
+
+    def head(self, hidden_states: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
+        """Next-token logits in float32."""
+        logits = project(self.final_norm(hidden_states), self.head_kernel)
+        return logits[..., : self.config.vocab_size].astype(jnp.float32)
+
+    @property
+    def head_kernel(self) -> Float[Array, "padded_vocab hidden"]:
+        """The weights that turn the last hidden state into logits: the embedding's where they are tied."""
+        return self.embedding.table[...] if self.lm_head is None else self.lm_head.kernel[...]
+
+
+def forward(model: CausalLM, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:
+    """Logits of every token, no cache: the plain reference that every faster path is tested against."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden_states = model.embed(tokens, positions)
+    for block in model.blocks:
+        hidden_states, _, _ = block.run(hidden_states, positions, ())
+    return model.head(hidden_states)

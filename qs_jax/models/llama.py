@@ -1,0 +1,95 @@
+"""Llama: RMS norms, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971, 2307.09288, 2407.21783)."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import Activation, ConfigReader, ModelConfig
+from qs_jax.errors import ConfigError
+from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
+from qs_jax.models.layers import ACTIVATIONS, Linear, RMSNorm
+from qs_jax.models.rope import inverse_frequencies, rotate
+
+
+def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """Read a Llama `config.json`; defaults are those of Hugging Face's `LlamaConfig`, except that rope needs a base.
+
+    Raises:
+        ConfigError: a size is missing or absurd, or an option that changes the mathematics is set.
+    """
+    reader = ConfigReader(raw, source)
+    reader.refuse("pretraining_tp", 1)
+    reader.refuse("sliding_window")
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    kv_heads, head_dim = reader.integer("num_key_value_heads", heads), reader.integer("head_dim", max(hidden // heads, 1))
+    if heads % kv_heads:
+        raise ConfigError(f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    if head_dim % 2:
+        raise ConfigError(f"{source}: head_dim={head_dim} is odd; rotary positions need an even one")
+    vocab_size = reader.integer("vocab_size")
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size"),
+        num_hidden_layers=reader.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+        norm_epsilon=reader.number("rms_norm_eps"),
+        activation=reader.choice("hidden_act", get_args(Activation), "silu"),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        attention_bias=reader.flag("attention_bias", False),
+        mlp_bias=reader.flag("mlp_bias", False),
+        rope=reader.rope(),
+        eos_token_ids=reader.token_ids("eos_token_id", vocab_size),
+        bos_token_id=reader.token_id("bos_token_id", vocab_size),
+        pad_token_id=reader.token_id("pad_token_id", vocab_size),
+    )
+
+
+class LlamaBlock(Block):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(config, layer, dtype=dtype, rngs=rngs)
+        hidden, inner, epsilon, bias = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.norm_epsilon,
+            config.mlp_bias,
+        )
+        residual_std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
+        self.input_norm = RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
+        self.mlp_norm = RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
+        self.gate = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(inner, hidden, bias=bias, dtype=dtype, rngs=rngs, std=residual_std)
+
+    def attention_norm(self, hidden_states: Hidden) -> Hidden:
+        return self.input_norm(hidden_states)
+
+    def place(self, heads: Heads, positions: Positions) -> Heads:
+        assert self.config.rope is not None
+        return rotate(heads, positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+
+    def mlp(self, hidden_states: Hidden) -> Hidden:
+        x = self.mlp_norm(hidden_states)
+        return self.down(ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x))
+
+
+class Llama(CausalLM):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            [LlamaBlock(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_hidden_layers)]
+        )
+        self.output_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
+
+    def embed(self, tokens: Int[Array, "batch tokens"], positions: Positions) -> Hidden:
+        return self.embedding(tokens)
+
+    def final_norm(self, hidden_states: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
+        return self.output_norm(hidden_states)

@@ -1,0 +1,97 @@
+"""From what a user asks to what the engine runs: prompts tokenised, and all that cannot work refused."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
+from qs_jax.engine.session import Request
+from qs_jax.errors import GenerationError, TokenizerError
+from qs_jax.generation_config import GenerationConfig, is_integer
+from qs_jax.loading import Model
+from qs_jax.tokenizer import Message
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def prepare(
+    model: Model, prompts: Prompt | Sequence[Prompt], config: GenerationConfig, *, chunk_size: int
+) -> Request:
+    """Tokenise and check a request against the model.
+
+    Raises:
+        GenerationError: no prompt, an empty one, ids outside the vocabulary, or prompt and new tokens together
+            beyond the model's context.
+        TokenizerError: the model has no tokenizer but text or stop strings were given.
+    """
+    if config.stop_strings and model.tokenizer is None:
+        raise TokenizerError(f"{model.name}: stop_strings need a tokenizer; copy tokenizer.json beside the weights")
+    ids = [_encode(model, prompt) for prompt in _as_batch(prompts)]
+    limit = model.config.max_position_embeddings
+    for number, prompt in enumerate(ids, start=1):
+        if len(prompt) + config.max_new_tokens > limit:
+            raise GenerationError(
+                f"prompt {number} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together "
+                f"more than the model's context of {limit}; shorten the prompt or lower max_new_tokens"
+            )
+    eos = config.eos_token_id
+    eos_token_ids = model.config.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    seeds = _seeds(config, len(ids))
+    return Request(
+        prompts=ids,
+        copies=config.num_return_sequences,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_ids=_checked(eos_token_ids, model.config.vocab_size, "eos_token_id"),
+        seeds=[(seed, copy) for seed in seeds for copy in range(config.num_return_sequences)],
+        settings=SamplingSettings(
+            temperature=jnp.float32(config.temperature),
+            top_k=jnp.int32(min(config.top_k, model.config.vocab_size)),
+            top_p=jnp.float32(config.top_p),
+            min_p=jnp.float32(config.min_p),
+            repetition_penalty=jnp.float32(config.repetition_penalty),
+        ),
+        plan=SamplingPlan(config.do_sample, penalise=config.repetition_penalty != 1.0),
+        chunk_size=chunk_size,
+    )
+
+
+def _as_batch(prompts: Any) -> list[Any]:
+    """A batch from a batch or a single prompt of any kind."""
+    if isinstance(prompts, str):
+        return [prompts]
+    batch = list(prompts)
+    if not batch:
+        raise GenerationError("there is no prompt; give at least one")
+    return [batch] if is_integer(batch[0]) or isinstance(batch[0], Mapping) else batch
+
+
+def _encode(model: Model, prompt: Any) -> list[int]:
+    if not isinstance(prompt, str):
+        prompt = list(prompt)
+    elif not prompt.strip():
+        raise GenerationError("a prompt is empty; give at least one word, or token ids")
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        if model.tokenizer is None:
+            raise TokenizerError(f"{model.name}: no tokenizer; copy tokenizer.json beside the weights or give token ids")
+        encode = model.tokenizer.encode if isinstance(prompt, str) else model.tokenizer.encode_chat
+        prompt = encode(prompt)
+    if not prompt:
+        raise GenerationError("a prompt has no tokens; give at least one")
+    return list(_checked(prompt, model.config.vocab_size, "a prompt's token id"))
+
+
+def _checked(ids: Sequence[Any], vocab_size: int, what: str) -> tuple[int, ...]:
+    for token in ids:
+        if not is_integer(token, 0) or token >= vocab_size:
+            raise GenerationError(f"{what} is {token!r}, expected a whole number from 0 to {vocab_size - 1}")
+    return tuple(int(token) for token in ids)
+
+
+def _seeds(config: GenerationConfig, prompts: int) -> list[int]:
+    seed = secrets.randbits(31) if config.seed is None else config.seed
+    seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
+    if len(seeds) != prompts or not all(is_integer(s, 0) and s < 2**31 for s in seeds):
+        raise GenerationError(f"seed is {config.seed!r}, expected one number from 0 to {2**31 - 1}, or one per prompt")
+    return seeds
