@@ -20,7 +20,7 @@ app = typer.Typer(
 
 DEFAULTS = {field.name: field.default for field in fields(GenerationConfig)}
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, Hugging Face folder, or hub id.")]
+ModelArgument = Annotated[str, typer.Argument(help="Converted folder, Hugging Face folder, or hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 PolicyOption = Annotated[str, typer.Option("--policy", help="Which mechanisms are on: off.")]
@@ -37,11 +37,10 @@ def _commands() -> None:
 @app.command(
     epilog="""Examples:
 
+\b
   qs-jax generate ./model --prompt "Once upon a time"
-
-  qs-jax generate ./model --prompt "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
-
-  echo "Once upon a time" | qs-jax generate ./model --prompt - --max-new-tokens 64 --json"""
+  qs-jax generate ./model --prompt "Once upon a time" --temperature 0.8 --seed 1
+  echo "Once upon a time" | qs-jax generate ./model --prompt - --json"""
 )
 def generate(
     model: ModelArgument,
@@ -90,9 +89,9 @@ def generate(
 @app.command(
     epilog="""Examples:
 
+\b
   qs-jax bench ./model
-
-  qs-jax bench ./model --batch 8 --prompt-tokens 512 --new-tokens 128 --json"""
+  qs-jax bench ./model --batch 8 --prompt-tokens 512 --json"""
 )
 def bench(
     model: ModelArgument,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -47,4 +48,25 @@ def abstract_network(config: ModelConfig, *, dtype: Any = jnp.float32) -> Causal
     return nnx.eval_shape(lambda: random_network(config, seed=0, dtype=dtype))
 
 
-__all__ = ["ARCHITECTURES", "Block", "CausalLM", "abstract_network", "forward", "parse_config", "random_network"]
+def abstract_arrays(config: ModelConfig, *, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every weight, by module path such as `blocks.3.q.kernel`."""
+    return arrays_by_path(abstract_network(config, dtype=dtype))
+
+
+def arrays_by_path(network: CausalLM) -> dict[str, Any]:
+    """Every weight of a network, by module path."""
+    leaves = nnx.to_flat_state(nnx.state(network, nnx.Param))
+    return {".".join(map(str, path)): param.get_value() for path, param in leaves}
+
+
+def network_from_arrays(config: ModelConfig, arrays: Mapping[str, Any], *, dtype: Any) -> CausalLM:
+    """The network that holds the given weights, by module path; every path must be there."""
+    network = abstract_network(config, dtype=dtype)
+    state = nnx.state(network, nnx.Param)
+    for path, param in nnx.to_flat_state(state):
+        param.set_value(arrays[".".join(map(str, path))])
+    nnx.update(network, state)
+    return network
+
+
+__all__ = ["ARCHITECTURES", "Block", "CausalLM", "abstract_arrays", "abstract_network", "arrays_by_path", "forward", "network_from_arrays", "parse_config", "random_network"]

@@ -125,14 +125,15 @@ def make_sampling() -> None:
     in the sort's order, which means nothing.
     """
     rng = np.random.default_rng(2)
-    spread = rng.standard_normal((4, 97)) * np.array([[0.5], [2.0], [5.0], [12.0]]) + np.array([[0.0], [3.0], [-4.0], [0.0]])
+    scale, shift = np.array([[0.5], [2.0], [5.0], [12.0]]), np.array([[0.0], [3.0], [-4.0], [0.0]])
+    spread = rng.standard_normal((4, 97)) * scale + shift
     tensors = {
         "spread": spread.astype(np.float32),
         "tied": (np.round(2 * rng.standard_normal((4, 97)) * 2) / 2).astype(np.float32),
         "input_ids": rng.integers(0, 97, (4, 24)).astype(np.int32),
     }
     ids = torch.tensor(tensors["input_ids"], dtype=torch.long)
-    host = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=4, n_layer=1, n_head=1, n_positions=32))
+    host = GPT2LMHeadModel(GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=97, bos_token_id=1, eos_token_id=2))
     for name, settings in SAMPLING.items():
         processors = host._get_logits_processor(
             GenerationConfig(do_sample=True, **settings), input_ids_seq_length=ids.shape[1]

@@ -1,0 +1,1 @@
+"""From Hugging Face weights to a folder that `qs_jax.load` reads."""

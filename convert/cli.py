@@ -1,0 +1,87 @@
+"""The `qs-convert` command. Everything heavy is imported inside it, so that `--help` is instant."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qs_jax.console import print_json, progress, reporting_errors
+from qs_jax.errors import ConfigError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  qs-convert ./my-hf-model ./model
+  qs-convert openai-community/gpt2 ./gpt2 --verify
+  qs-convert meta-llama/Llama-2-7b-hf ./llama --dtype bfloat16
+  qs-convert ./my-hf-model ./model --dry-run --json"""
+)
+def convert(
+    src: Annotated[str, typer.Argument(help="Hugging Face folder with safetensors, or hub id.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 for the stored weights; by default float32.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare logits on a 500-token prompt.")] = False,
+    golden: Annotated[
+        Path | None, typer.Option(help="With --verify: safetensors with tokens, positions, logits.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a converted folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check names and shapes, write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Convert Hugging Face GPT-2 or Llama weights, part by part, into a folder that qs-jax loads."""
+    with reporting_errors(debug):
+        from convert.parts import Parts
+        from convert.pipeline import DTYPES, inspect
+        from convert.pipeline import convert as run
+        from convert.source import Source, locate
+
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        stored = dtype or "float32"
+        folder = locate(src, revision)
+        parts = Parts(Source(folder))
+        report = inspect(parts)
+        if json and (report.missing or report.unexpected or report.mismatched):
+            print_json(report.to_json())
+        parts.plan.raise_if_incomplete(src)
+        if not dry_run:
+
+            def check(work: Path) -> dict:
+                from convert.verify import verify as compare
+
+                return compare(work, folder, golden, stored)
+
+            with progress("converting", total=len(parts.names)) as advance:
+                report = run(
+                    parts,
+                    dst,
+                    dtype=stored,
+                    name=src,
+                    overwrite=overwrite,
+                    advance=advance,
+                    verify=check if verify else None,
+                )
+        if json:
+            print_json(report.to_json())
+            return
+        done = "would convert" if dry_run else f"{dst}: converted"
+        print(f"{done} {report.parameters:,} parameters ({report.bytes_in / 1e6:.1f} MB) in {report.seconds:.1f} s")
+        for name, value in report.verification.items():
+            print(f"  {name}: {value}")
+
+
+def main() -> None:
+    """Entry point of `qs-convert`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A model's weights part by part, from a Hugging Face source: what conversion and direct loading share."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.mapping import Plan, plan, table_for
+from convert.source import Source, read_json
+from qs_jax.checkpoint import part_of
+from qs_jax.config import ModelConfig, read_config_json
+from qs_jax.models import abstract_arrays, parse_config
+
+
+class Parts:
+    """Everything about a source but its values: configuration, and which tensor fills which path.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.config = hf_config(source.folder)
+        self.shapes = {path: array.shape for path, array in abstract_arrays(self.config).items()}
+        self.plan: Plan = plan(table_for(self.config.model_type), self.config, source.shapes, self.shapes)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the source, tied ones once."""
+        return sum(int(np.prod(self.source.shapes[name])) for name, _ in self.plan.tensors)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({part_of(rule.paths[0]) for _, rule in self.plan.tensors})
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        """Each part's name and arrays by module path; one part is in memory at a time.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinity, or cannot be read.
+        """
+        self.plan.raise_if_incomplete(str(self.source.folder))
+
+        def part(entry: tuple[str, Any]) -> str:
+            return part_of(entry[1].paths[0])
+
+        for name, entries in groupby(sorted(self.plan.tensors, key=part), key=part):
+            arrays: dict[str, np.ndarray] = {}
+            for tensor, rule in entries:
+                rows = sum(self.shapes[path][0] for path in rule.paths)
+                arrays |= rule.to_module(self.source.read(tensor), rows)
+            yield name, arrays
+
+
+def hf_config(folder: Path) -> ModelConfig:
+    """A folder's configuration; token ids of `generation_config.json` win over those of `config.json`, as in HF."""
+    overrides = {
+        name: value
+        for name, value in read_json(folder / "generation_config.json").items()
+        if name in ("eos_token_id", "bos_token_id", "pad_token_id") and value is not None
+    }
+    return parse_config({**read_config_json(folder), **overrides}, str(folder / "config.json"))

@@ -1,0 +1,95 @@
+"""Conversion, part by part: a model larger than memory passes through."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.parts import Parts
+from qs_jax.checkpoint import replacing, write_manifest, write_part
+from qs_jax.tokenizer import TOKENIZER_FILES
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+_COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+Advance = Callable[..., None]
+
+
+@dataclass
+class Report:
+    """What a conversion did; the keys of `--json`. Sizes are bytes of weights, times seconds."""
+
+    parameters: int
+    bytes_in: int
+    bytes_out: int = 0
+    seconds: float = 0.0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    verification: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: value for name, value in vars(self).items() if name != "verification"}
+        return {**fields, **self.verification}
+
+
+def inspect(parts: Parts) -> Report:
+    """The report before anything is written."""
+    plan = parts.plan
+    return Report(
+        parameters=parts.parameters,
+        bytes_in=parts.source.bytes,
+        missing=plan.missing,
+        unexpected=plan.unexpected,
+        mismatched=plan.mismatched,
+    )
+
+
+def convert(
+    parts: Parts,
+    target: Path,
+    *,
+    dtype: str,
+    name: str,
+    overwrite: bool,
+    advance: Advance,
+    verify: Callable[[Path], dict[str, Any]] | None = None,
+) -> Report:
+    """Write a converted folder; it appears whole, or not at all.
+
+    Args:
+        parts: the source.
+        target: the folder to make.
+        dtype: one of `DTYPES`, in which weights are stored.
+        name: what the user called the source, for the manifest.
+        overwrite: replace a converted folder that is there.
+        advance: called once per part written.
+        verify: checks the finished folder before it takes its place; its findings join the report.
+
+    Raises:
+        CheckpointError: the source does not fit its configuration or cannot be read, or the target not be written.
+    """
+    started = time.perf_counter()
+    report = inspect(parts)
+    parts.plan.raise_if_incomplete(str(parts.source.folder))
+    with replacing(target, overwrite=overwrite) as work:
+        for part, arrays in parts:
+            stored = {path: np.ascontiguousarray(array, DTYPES[dtype]) for path, array in arrays.items()}
+            report.bytes_out += sum(array.nbytes for array in stored.values())
+            write_part(work, part, stored)
+            advance()
+        for file in _COPIED:
+            if (parts.source.folder / file).is_file():
+                shutil.copyfile(parts.source.folder / file, work / file)
+        facts = {"source": name, "dtype": dtype, "parameters": report.parameters, "bytes": report.bytes_out}
+        write_manifest(work, **facts)
+        if verify:
+            report.verification = verify(work)
+    report.seconds = time.perf_counter() - started
+    return report

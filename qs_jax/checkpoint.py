@@ -1,0 +1,190 @@
+"""A converted folder on disk: one Orbax checkpoint per part of the model, configuration, tokenizer, manifest.
+
+The only module that knows Orbax. A part is the first component of a module path (`embedding`, `blocks.3`, …), so
+that saving and loading need one part in memory at a time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qs_jax.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+_WEIGHTS = "weights"
+_HASH_BLOCK = 1 << 20
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def part_of(path: str) -> str:
+    """The part that a module path belongs to: `blocks.3.q.kernel` to `blocks.3`."""
+    first, second, *_ = path.split(".")
+    return f"{first}.{second}" if first == "blocks" else first
+
+
+def is_converted(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+@contextmanager
+def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside the target that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises:
+        CheckpointError: the target exists and `overwrite` is false, or nothing can be written beside it.
+    """
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target}: exists already; give another folder or --overwrite")
+    if target.exists() and not is_converted(target) and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: is not a converted folder; it is never overwritten, remove it yourself")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
+    try:
+        yield work
+        _sync(work)
+        work.chmod(0o755)
+        _swap(work, target, overwrite=overwrite)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(work: Path, target: Path, *, overwrite: bool) -> None:
+    """Put `work` in the target's place. What was there is moved aside first and comes back if that fails."""
+    if not target.exists():
+        work.rename(target)
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target}: appeared while converting; give another folder or --overwrite")
+    aside = work.with_suffix(".replaced")
+    target.rename(aside)
+    try:
+        work.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_part(folder: Path, part: str, arrays: Arrays) -> None:
+    """Save the arrays of one part, by module path."""
+    with _quiet_orbax() as orbax:
+        orbax.save_pytree((folder / _WEIGHTS / part).absolute(), _nested(arrays))
+
+
+def read_part(folder: Path, part: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Load one part straight into device arrays of the given shapes and dtypes, by module path.
+
+    Raises:
+        CheckpointError: the part is missing, unreadable or of other shapes.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for p, s in shapes.items()}
+    try:
+        with _quiet_orbax() as orbax:
+            tree = orbax.load_pytree((folder / _WEIGHTS / part).absolute(), _nested(wanted))
+    except Exception as error:  # Orbax and TensorStore raise almost anything on a damaged store
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{folder / _WEIGHTS / part}: cannot be loaded ({reason}); convert again") from error
+    return _flat(tree)
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Write `manifest.json`: the facts given, versions, and size and SHA-256 of every other file."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    versions = {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")}
+    payload = {"format": FORMAT, **facts, "versions": versions, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
+    """Read the manifest and, if asked, compare every file with its size and checksum.
+
+    Raises:
+        CheckpointError: the manifest is damaged or of another format, or a file is missing or changed.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path}: is damaged; convert the model again") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; convert again")
+    for name, (size, digest) in files.items() if verify else ():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is missing; convert the model again")
+        if file.stat().st_size != size or _sha256(file) != digest:
+            raise CheckpointError(f"{file}: is not as converted (checksum differs); convert the model again")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Make every file durable before the folder is renamed into place."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[Any]:
+    """Orbax, without its log lines and deprecation warnings: the user's terminal is for the user."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import orbax.checkpoint.experimental.v1 as orbax
+
+        yield orbax
+
+
+def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return tree
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,103 @@
+"""`qs_jax.load`: a converted folder, a Hugging Face folder or a hub id becomes a model on the device."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.parts import Parts, hf_config
+from convert.source import Source, locate
+from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
+from qs_jax.config import ModelConfig
+from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
+from qs_jax.models import abstract_arrays, network_from_arrays
+from qs_jax.models.base import CausalLM
+from qs_jax.tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_CACHE_SWITCH = "QS_JAX_COMPILATION_CACHE"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to generate. `name` is what the user asked for; `tokenizer` is None where the folder has none."""
+
+    config: ModelConfig
+    network: CausalLM
+    tokenizer: Tokenizer | None
+    dtype: jnp.dtype
+    name: str
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    verify: bool = True,
+    compilation_cache: bool = True,
+) -> Model:
+    """Load a model part by part, straight onto the default device.
+
+    Args:
+        path_or_id: a folder made by `qs-convert`, a Hugging Face folder with safetensors, or a hub id.
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 elsewhere.
+        revision: branch, tag or commit of a hub id.
+        verify: compare a converted folder with its checksums first.
+        compilation_cache: keep compiled programs in the user's cache folder, unless JAX is already told where.
+            The environment variable QS_JAX_COMPILATION_CACHE may name another folder, or be `off`.
+
+    Raises:
+        CheckpointError: the folder or a file in it is missing, damaged, or does not fit its configuration.
+        ConfigError: the architecture or an option is not supported, or the dtype unknown.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    chosen = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    folder = locate(str(path_or_id), revision)
+    if compilation_cache:
+        _use_compilation_cache()
+    config, arrays = _read_converted(folder, chosen, verify) if is_converted(folder) else _read_source(folder, chosen)
+    network = network_from_arrays(config, arrays, dtype=chosen)
+    return Model(config, network, _tokenizer(folder), chosen, str(path_or_id))
+
+
+def _read_converted(folder: Path, dtype: jnp.dtype, verify: bool) -> tuple[ModelConfig, dict[str, Any]]:
+    read_manifest(folder, verify=verify)
+    config = hf_config(folder)
+    shapes = abstract_arrays(config, dtype=dtype)
+    arrays: dict[str, Any] = {}
+    for part in sorted({part_of(path) for path in shapes}):
+        arrays |= read_part(folder, part, {path: s for path, s in shapes.items() if part_of(path) == part})
+    return config, arrays
+
+
+def _read_source(folder: Path, dtype: jnp.dtype) -> tuple[ModelConfig, dict[str, Any]]:
+    parts = Parts(Source(folder))
+    arrays: dict[str, Any] = {}
+    for _, part in parts:
+        arrays |= {path: jnp.asarray(np.asarray(array, dtype)) for path, array in part.items()}
+    return parts.config, arrays
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer; a folder without one still generates from token ids."""
+    try:
+        return Tokenizer.load(folder)
+    except TokenizerError:
+        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise
+        return None
+
+
+def _use_compilation_cache() -> None:
+    wanted = os.environ.get(_CACHE_SWITCH, "")
+    if wanted.lower() == "off" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", wanted or str(home / "qs_jax" / "xla"))
