@@ -25,7 +25,7 @@ $(VENV)/parity: $(VENV)/dev
 	@touch $@
 
 demo: $(VENV)/package ## convert a model and generate from it
-	@$(BIN)/python -m benchmarks.demo
+	@$(BIN)/python -m reference_models.demo
 
 test: $(VENV)/dev ## the quick tests, a few minutes on two cores
 	@$(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS)

@@ -48,7 +48,7 @@ def transformers_request(prompts: list[list[int]], threads: int) -> Callable[[in
 
     torch.set_num_threads(threads)
     shape = {key: value for key, value in GPT2_124M.items() if key != "model_type"}
-    peer = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    peer: Any = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     tokens = torch.tensor(prompts)
     mask = torch.ones_like(tokens)
 
@@ -133,7 +133,13 @@ def main() -> None:
     rows = [measure(model, batch, steps, rounds, environment()["cores"]) for batch in (1, 2, 8)]
     print(table(rows))
     if not arguments.quick:
-        settings = {"shape": GPT2_124M, "dtype": "float32", "prompt_tokens": PROMPT_TOKENS, "steps": steps, "rounds": rounds}
+        settings = {
+            "shape": GPT2_124M,
+            "dtype": "float32",
+            "prompt_tokens": PROMPT_TOKENS,
+            "steps": steps,
+            "rounds": rounds,
+        }
         print(write_result("dense_decode", {"settings": settings, "rows": rows}))
 
 

@@ -46,6 +46,10 @@ def chain(x: jax.Array, kernels: list[tuple[jax.Array, jax.Array]], product: Pro
     return x
 
 
+def run(x: jax.Array, kernels: list[tuple[jax.Array, jax.Array]], product: Product) -> None:
+    chain(x, kernels, product).block_until_ready()
+
+
 def random_kernels(layout: str) -> list[tuple[jax.Array, jax.Array]]:
     keys = jax.random.split(jax.random.key(0), 2 * LAYERS)
     shapes = [(INNER, HIDDEN), (HIDDEN, INNER)] * LAYERS
@@ -67,9 +71,7 @@ def main() -> None:
     for rows in ROWS:
         x = jax.random.normal(jax.random.key(1), (rows, HIDDEN))
         candidates = {
-            name: lambda name=name, product=product: chain(
-                x, kernels["in_out" if name == "in_out" else "out_in"], product
-            ).block_until_ready()
+            name: partial(run, x, kernels["in_out" if name == "in_out" else "out_in"], product)
             for name, product in PRODUCTS.items()
         }
         seconds = interleaved(candidates, rounds)

@@ -124,7 +124,9 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         return {}
     if not index.is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        advice = "only pickled weights, which are never loaded; save the model as safetensors" if pickled else "no weights"
+        advice = (
+            "only pickled weights, which are never loaded; save the model as safetensors" if pickled else "no weights"
+        )
         raise CheckpointError(f"{folder}: {advice} (looked for {_SINGLE} and {_INDEX})")
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

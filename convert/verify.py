@@ -63,7 +63,9 @@ def verify(folder: Path, original: Path, golden: Path | None, dtype: str) -> dic
 def _transformers_logits(folder: Path, tokens: Tokens) -> Logits:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         return reference(torch.tensor(tokens[None], dtype=torch.long)).logits[0].numpy()

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from qs_jax.generation import StreamPiece as StreamPiece
     from qs_jax.generation import generate as generate
     from qs_jax.generation import stream as stream
+    from qs_jax.generation_config import GenerationConfig as GenerationConfig
     from qs_jax.loading import Model as Model
     from qs_jax.loading import load as load
-    from qs_jax.generation_config import GenerationConfig as GenerationConfig
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.models.attention import Segment
 
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:

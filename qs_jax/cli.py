@@ -1,14 +1,13 @@
 """The `qs-jax` command. Everything heavy is imported inside the commands, so that `--help` is instant."""
 
 import sys
-from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
 from qs_jax.console import print_json, reporting_errors
 from qs_jax.errors import GenerationError
-from qs_jax.generation_config import GenerationConfig
+from qs_jax.generation_config import GenerationConfig, Policy
 
 app = typer.Typer(
     add_completion=False,
@@ -18,12 +17,12 @@ app = typer.Typer(
     help="Faster decoding of frozen GPT-2 and Llama models in pure JAX.",
 )
 
-DEFAULTS = {field.name: field.default for field in fields(GenerationConfig)}
+DEFAULTS = GenerationConfig()
 
 ModelArgument = Annotated[str, typer.Argument(help="Converted folder, Hugging Face folder, or hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
-PolicyOption = Annotated[str, typer.Option("--policy", help="Which mechanisms are on: off.")]
+PolicyOption = Annotated[Policy, typer.Option("--policy", help="Which mechanisms are on: off.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check a converted folder against its checksums.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -45,17 +44,19 @@ def _commands() -> None:
 def generate(
     model: ModelArgument,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for a batch; - reads stdin.")],
-    policy: PolicyOption = DEFAULTS["policy"],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to produce.")] = DEFAULTS["max_new_tokens"],
+    policy: PolicyOption = DEFAULTS.policy,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to produce.")] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among tokens that reach this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Leave out tokens less likely than this share of the best.")] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: repeated tokens become less likely.")
-    ] = DEFAULTS["repetition_penalty"],
+    min_p: Annotated[
+        float | None, typer.Option(help="Leave out tokens less likely than this share of the best.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeated tokens become less likely.")] = DEFAULTS[
+        "repetition_penalty"
+    ],
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
-    num_return_sequences: Annotated[int, typer.Option(help="Samples per prompt.")] = DEFAULTS["num_return_sequences"],
+    num_return_sequences: Annotated[int, typer.Option(help="Samples per prompt.")] = DEFAULTS.num_return_sequences,
     seed: Annotated[int | None, typer.Option(help="Repeats a sample; drawn and reported if not given.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
     dtype: Dtype = None,
@@ -95,7 +96,7 @@ def generate(
 )
 def bench(
     model: ModelArgument,
-    policy: PolicyOption = DEFAULTS["policy"],
+    policy: PolicyOption = DEFAULTS.policy,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompts.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per row.")] = 64,
@@ -117,10 +118,12 @@ def bench(
             print_json(figures)
             return
         print(
-            f"{figures['tokens_per_second']:.1f} tokens/s at batch {batch} ({figures['decode_ms_per_step']:.2f} ms a step)\n"
-            f"{figures['bandwidth_gb_s']:.1f} GB/s of weights, {figures['bandwidth_fraction']:.0%} of measured bandwidth\n"
-            f"prefill of {prompt_tokens} tokens {figures['prefill_s']:.3f} s, compilation {figures['compile_s']:.1f} s, "
-            f"peak memory {figures['peak_rss_mb']:.0f} MB"
+            f"{figures['tokens_per_second']:.1f} tokens/s at batch {batch}, "
+            f"{figures['decode_ms_per_step']:.2f} ms a step\n"
+            f"{figures['bandwidth_gb_s']:.1f} GB/s of weights, "
+            f"{figures['bandwidth_fraction']:.0%} of measured bandwidth\n"
+            f"prefill of {prompt_tokens} tokens {figures['prefill_s']:.3f} s, "
+            f"compilation {figures['compile_s']:.1f} s, peak memory {figures['peak_rss_mb']:.0f} MB"
         )
 
 

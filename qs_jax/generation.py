@@ -10,8 +10,8 @@ from jaxtyping import Int
 
 from qs_jax.engine.session import Request, Session
 from qs_jax.engine.stopping import Detokenizer, ends_with_stop
-from qs_jax.loading import Model
 from qs_jax.generation_config import GenerationConfig
+from qs_jax.loading import Model
 from qs_jax.request import Prompt, prepare
 
 FinishReason = Literal["eos", "stop_string", "length"]
@@ -26,10 +26,11 @@ _STREAMING_CHUNK = 8
 class GenerateOutput:
     """What `generate` returns. Rows are prompt-major: all sequences of the first prompt, then of the second.
 
-    `sequences` is `tokens` as one rectangle, padded on the right. `tokens` holds only new tokens, the end-of-text id included where one was produced; `logprobs` are their natural
-    log-probabilities under the model's own distribution, before temperature or penalties. `texts` is the new text.
-    `seeds` repeats the call. `trace["layers_run"]` says, per row and token, how many layers ran for it. Times in
-    `timing` are seconds of wall clock; `compile_s` is included in the phase in which it happened.
+    `tokens` holds only new tokens, the end-of-text id included where one was produced; `sequences` is the same as one
+    rectangle, padded on the right. `logprobs` are natural log-probabilities of the tokens under the model's own
+    distribution, before temperature or penalties. `texts` is the new text. `seeds` repeats the call.
+    `trace["layers_run"]` says, per row and token, how many layers ran for it. Times in `timing` are seconds of wall
+    clock; `compile_s` is included in the phase in which it happened.
     """
 
     texts: list[str]

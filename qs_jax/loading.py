@@ -13,7 +13,7 @@ from convert.parts import Parts, hf_config
 from convert.source import Source, locate
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
-from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
+from qs_jax.errors import ConfigError, TokenizerError
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM
 from qs_jax.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
 
 def _use_compilation_cache() -> None:
     wanted = os.environ.get(_CACHE_SWITCH, "")
-    if wanted.lower() == "off" or jax.config.jax_compilation_cache_dir is not None:
+    if wanted.lower() == "off" or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", wanted or str(home / "qs_jax" / "xla"))

@@ -16,9 +16,7 @@ from qs_jax.tokenizer import Message
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
-def prepare(
-    model: Model, prompts: Prompt | Sequence[Prompt], config: GenerationConfig, *, chunk_size: int
-) -> Request:
+def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: GenerationConfig, *, chunk_size: int) -> Request:
     """Tokenise and check a request against the model.
 
     Raises:
@@ -74,9 +72,11 @@ def _encode(model: Model, prompt: Any) -> list[int]:
         raise GenerationError("a prompt is empty; give at least one word, or token ids")
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
         if model.tokenizer is None:
-            raise TokenizerError(f"{model.name}: no tokenizer; copy tokenizer.json beside the weights or give token ids")
-        encode = model.tokenizer.encode if isinstance(prompt, str) else model.tokenizer.encode_chat
-        prompt = encode(prompt)
+            raise TokenizerError(
+                f"{model.name}: no tokenizer; copy tokenizer.json beside the weights or give token ids"
+            )
+        tokenizer = model.tokenizer
+        prompt = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
     if not prompt:
         raise GenerationError("a prompt has no tokens; give at least one")
     return list(_checked(prompt, model.config.vocab_size, "a prompt's token id"))

@@ -34,7 +34,9 @@ class Tokenizer:
             TokenizerError: there are no tokenizer files, or they cannot be read.
         """
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise TokenizerError(f"{folder}: no tokenizer files; copy tokenizer.json beside the weights or give token ids")
+            raise TokenizerError(
+                f"{folder}: no tokenizer files; copy tokenizer.json beside the weights or give token ids"
+            )
         from transformers import AutoTokenizer
 
         try:
@@ -67,7 +69,9 @@ class Tokenizer:
         try:
             text = self._backend.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except Exception as error:  # the template language is open-ended
-            raise TokenizerError(f"the chat template refuses the messages: {' '.join(str(error).split())[:200]}") from error
+            raise TokenizerError(
+                f"the chat template refuses the messages: {' '.join(str(error).split())[:200]}"
+            ) from error
         return list(self._backend(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:

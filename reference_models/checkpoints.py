@@ -44,7 +44,9 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except ValueError as error:
             reason = " ".join(str(error).split())[:160]
-            raise DataError(f"{self._manager.directory}: does not fit this model ({reason}); use another --work-dir") from None
+            raise DataError(
+                f"{self._manager.directory}: does not fit this model ({reason}); use another --work-dir"
+            ) from None
         return jax.tree.unflatten(jax.tree.structure(template), list(restored["state"].values())), restored["progress"]
 
     def close(self) -> None:
@@ -53,4 +55,7 @@ class Checkpoints:
 
 def _flat(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {f"{index:04d}.{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf for index, (path, leaf) in enumerate(leaves)}
+    return {
+        f"{index:04d}.{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
+        for index, (path, leaf) in enumerate(leaves)
+    }

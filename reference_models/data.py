@@ -54,7 +54,8 @@ def load_sources(folder: Path) -> dict[str, Source]:
 
 def _read(path: Path, name: str, reader: Callable[[str, str], Source]) -> Source:
     try:
-        raw = lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        raw = content.decode("utf-8")
         source = reader(name, raw)
     except FileNotFoundError:
         raise DataError(f"{path}: not found; restore the file or set QS_JAX_DATA") from None

@@ -161,5 +161,3 @@ def _stop_requested() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-

@@ -62,4 +62,6 @@ def load_recipe(path: Path) -> Recipe:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe; see reference_models/configs") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a recipe ({error}); compare with reference_models/configs/gpt2-cpu.json") from None
+        raise ConfigError(
+            f"{path}: not a recipe ({error}); compare with reference_models/configs/gpt2-cpu.json"
+        ) from None

@@ -45,7 +45,9 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
         optax.scale_by_adam(b1=0.9, b2=recipe.beta2),
-        optax.add_decayed_weights(recipe.weight_decay, mask=lambda weights: jax.tree.map(lambda w: w.ndim > 1, weights)),
+        optax.add_decayed_weights(
+            recipe.weight_decay, mask=lambda weights: jax.tree.map(lambda w: w.ndim > 1, weights)
+        ),
     )
 
 

@@ -39,7 +39,9 @@ def run(
     config: ConfigFile,
     recipe: RecipeFile,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the run; on resume it may change.")] = None,
-    hours: Annotated[float | None, typer.Option(min=0.001, help="Or: as many steps as fit in this much compute.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Or: as many steps as fit in this much compute.")
+    ] = None,
     checkpoint_minutes: Annotated[float, typer.Option(min=0.01)] = 5.0,
     debug: Debug = False,
 ) -> None:

@@ -64,14 +64,16 @@ def begin(
     """The state after the prompts: the first token of every row is chosen from the prefill's logits."""
     idle = jnp.zeros_like(lengths)
     state = DecodeState(idle, lengths - 1, cache, remaining <= 0, remaining, keys, seen)
-    return _advance(state, *_choose(logits, state, settings, plan), eos)
+    tokens, logprobs = _choose(logits, state, settings, plan)
+    return _advance(state, tokens, logprobs, eos)
 
 
 def decode_step(
     model: CausalLM, state: DecodeState, settings: SamplingSettings, eos: Int[Array, " slots"], plan: SamplingPlan
 ) -> tuple[DecodeState, Chosen]:
     """Run each row's pending token through every layer and choose the one after it. Holds no conditional."""
-    return _commit(state, *_think(model, state, settings, plan), eos)
+    tokens, logprobs, written = _think(model, state, settings, plan)
+    return _commit(state, tokens, logprobs, written, eos)
 
 
 @partial(jax.jit, static_argnames=("plan", "steps"), donate_argnames="state")
@@ -88,8 +90,8 @@ def decode_chunk(
 
     def body(state: DecodeState, _: None) -> tuple[DecodeState, Chosen]:
         think = partial(_think, settings=settings, plan=plan)
-        thought = jax.lax.cond(state.done.all(), partial(_idle, think), think, model, state)
-        return _commit(state, *thought, eos)
+        tokens, logprobs, written = jax.lax.cond(state.done.all(), partial(_idle, think), think, model, state)
+        return _commit(state, tokens, logprobs, written, eos)
 
     return jax.lax.scan(body, state, length=steps)
 
@@ -134,9 +136,7 @@ def _commit(
     eos: Int[Array, " slots"],
 ) -> tuple[DecodeState, Chosen]:
     positions, writes = state.positions[:, None], ~state.done[:, None]
-    cache = tuple(
-        append(layer, k, v, positions, writes) for layer, (k, v) in zip(state.cache, written, strict=True)
-    )
+    cache = tuple(append(layer, k, v, positions, writes) for layer, (k, v) in zip(state.cache, written, strict=True))
     return _advance(replace(state, cache=cache), tokens, logprobs, eos)
 
 

@@ -42,9 +42,7 @@ def prefill(model: CausalLM, prompts: Sequence[Sequence[int]], capacity: int) ->
         for row, prompt in enumerate(prompts):
             part = prompt[start : start + width]
             tokens[row, : len(part)] = part
-        logits, cache = extend(
-            model, tokens, jnp.int32(start), jnp.asarray(lengths), logits, cache, fresh=start == 0
-        )
+        logits, cache = extend(model, tokens, jnp.int32(start), jnp.asarray(lengths), logits, cache, fresh=start == 0)
         pieces.append((width, 0 if start == 0 else capacity))
     return Prefilled(logits, cache, pieces)
 

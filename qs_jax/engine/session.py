@@ -96,7 +96,7 @@ class Session:
             self.ledger.add_pass(rows=rows, tokens=width, slots=slots, logit_rows=rows)
         self.ledger.add_writes(sum(map(len, request.prompts)))
         self._written = longest
-        rows = np.repeat(np.arange(len(request.prompts)), request.copies)
+        rows = [index for index in range(len(request.prompts)) for _ in range(request.copies)]
         lengths = np.asarray([len(request.prompts[row]) for row in rows], np.int32)
         seen = np.zeros((len(rows), vocab_size if request.plan.penalise else 0), bool)
         if request.plan.penalise:
@@ -104,7 +104,7 @@ class Session:
                 seen[row, list(request.prompts[prompt])] = True
         logits, cache = prefilled.logits, prefilled.cache
         if request.copies > 1:
-            logits, cache = _take_rows((logits, cache), rows)
+            logits, cache = _take_rows((logits, cache), np.asarray(rows))
         return begin(
             logits,
             cache,

@@ -69,4 +69,15 @@ def network_from_arrays(config: ModelConfig, arrays: Mapping[str, Any], *, dtype
     return network
 
 
-__all__ = ["ARCHITECTURES", "Block", "CausalLM", "abstract_arrays", "abstract_network", "arrays_by_path", "forward", "network_from_arrays", "parse_config", "random_network"]
+__all__ = [
+    "ARCHITECTURES",
+    "Block",
+    "CausalLM",
+    "abstract_arrays",
+    "abstract_network",
+    "arrays_by_path",
+    "forward",
+    "network_from_arrays",
+    "parse_config",
+    "random_network",
+]

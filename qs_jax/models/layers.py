@@ -24,9 +24,7 @@ _FEW_ROWS = 64
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def project(
-    x: Float[Array, "*rows inputs"], kernel: Float[Array, "outputs inputs"]
-) -> Float[Array, "*rows outputs"]:
+def project(x: Float[Array, "*rows inputs"], kernel: Float[Array, "outputs inputs"]) -> Float[Array, "*rows outputs"]:
     """`x @ kernel.T`, arranged on CPU for how many rows there are (measured in benchmarks/kernel_layout.py)."""
     rows = x.reshape(-1, x.shape[-1])
     y = jax.lax.platform_dependent(rows, kernel, cpu=_project_on_cores, default=_project)

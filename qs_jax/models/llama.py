@@ -24,7 +24,10 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
     reader.refuse("pretraining_tp", 1)
     reader.refuse("sliding_window")
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    kv_heads, head_dim = reader.integer("num_key_value_heads", heads), reader.integer("head_dim", max(hidden // heads, 1))
+    kv_heads, head_dim = (
+        reader.integer("num_key_value_heads", heads),
+        reader.integer("head_dim", max(hidden // heads, 1)),
+    )
     if heads % kv_heads:
         raise ConfigError(f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     if head_dim % 2:

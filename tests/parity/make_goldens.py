@@ -51,9 +51,10 @@ def _random_tensor(name: str, shape: torch.Size, rng: np.random.Generator) -> np
 
 def load_reference(folder: Path) -> Any:
     """The model as transformers reads it; fails if it finds the folder incomplete."""
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    model, report = loaded
     faults = {key: names for key, names in report.items() if names}
     if faults:
         raise SystemExit(f"{folder}: transformers reports {faults}")
@@ -133,7 +134,9 @@ def make_sampling() -> None:
         "input_ids": rng.integers(0, 97, (4, 24)).astype(np.int32),
     }
     ids = torch.tensor(tensors["input_ids"], dtype=torch.long)
-    host = GPT2LMHeadModel(GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=97, bos_token_id=1, eos_token_id=2))
+    host: Any = GPT2LMHeadModel(
+        GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=97, bos_token_id=1, eos_token_id=2)
+    )
     for name, settings in SAMPLING.items():
         processors = host._get_logits_processor(
             GenerationConfig(do_sample=True, **settings), input_ids_seq_length=ids.shape[1]

@@ -34,12 +34,12 @@ _SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def _gpt2(**options: Any) -> dict[str, Any]:
-    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}
+    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
     return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **_SPECIAL_TOKENS, **sizes, **options}
 
 
 def _llama(**options: Any) -> dict[str, Any]:
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
     names = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return {**names, **_SPECIAL_TOKENS, **sizes, **heads, **options}
@@ -55,10 +55,16 @@ _LLAMA3 = {
 }
 
 VARIANTS: dict[str, Variant] = {
-    "gpt2_defaults": Variant(1, _gpt2(n_inner=None), bare_names=True),
-    "gpt2_gelu_unscaled": Variant(202, _gpt2(activation_function="gelu", n_inner=48, scale_attn_weights=False)),
+    "gpt2_defaults": Variant(101, _gpt2(n_inner=None), bare_names=True),
+    "gpt2_gelu_unscaled": Variant(302, _gpt2(activation_function="gelu", n_inner=48, scale_attn_weights=False)),
     "gpt2_quick_gelu_by_layer": Variant(
-        3, _gpt2(activation_function="quick_gelu", scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False)
+        3,
+        _gpt2(
+            n_layer=3,
+            activation_function="quick_gelu",
+            scale_attn_by_inverse_layer_idx=True,
+            tie_word_embeddings=False,
+        ),
     ),
     "gpt2_relu_unscaled_by_layer": Variant(
         4,
@@ -93,7 +99,6 @@ VARIANTS: dict[str, Variant] = {
             rope_theta=50000.0,
             rope_scaling=_LLAMA3,
             num_key_value_heads=2,
-            num_hidden_layers=2,
             head_dim=16,
             mlp_bias=True,
             tie_word_embeddings=True,

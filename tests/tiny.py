@@ -1,0 +1,38 @@
+"""Small random models with a healthy spread of logits: they prove plumbing, not quality."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qs_jax.loading import Model
+from qs_jax.models import parse_config, random_network
+
+CONFIGS = {
+    "gpt2": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    },
+}
+
+_random = np.random.default_rng(0)
+PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
+
+
+@cache
+def tiny_model(name: str) -> Model:
+    """A random model without a tokenizer; matrices eight times the usual size, so that tokens differ."""
+    config = parse_config(CONFIGS[name], name)
+    network = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim == 2 else leaf, random_network(config, seed=0))
+    return Model(config, network, None, jnp.dtype("float32"), f"tiny {name}")
