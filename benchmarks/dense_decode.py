@@ -110,7 +110,7 @@ def measure(model: Model, batch: int, steps: int, rounds: int, threads: int) -> 
 def table(rows: list[dict[str, Any]]) -> str:
     """The result as the Markdown table that README shows."""
     lines = [
-        "| batch | qs_jax, ms/step | transformers, ms/step | qs_jax, tokens/s | speed-up | share of measured bandwidth |",
+        "| batch | qs_jax, ms/step | transformers, ms/step | qs_jax, tokens/s | speed-up | of measured bandwidth |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -133,13 +133,8 @@ def main() -> None:
     rows = [measure(model, batch, steps, rounds, environment()["cores"]) for batch in (1, 2, 8)]
     print(table(rows))
     if not arguments.quick:
-        settings = {
-            "shape": GPT2_124M,
-            "dtype": "float32",
-            "prompt_tokens": PROMPT_TOKENS,
-            "steps": steps,
-            "rounds": rounds,
-        }
+        settings = {"shape": GPT2_124M, "dtype": "float32", "prompt_tokens": PROMPT_TOKENS}
+        settings |= {"steps": steps, "rounds": rounds}
         print(write_result("dense_decode", {"settings": settings, "rows": rows}))
 
 

@@ -26,7 +26,17 @@ _HOMES = {
     "stream": "qs_jax.generation",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "GenerateOutput",
+    "GenerationConfig",
+    "Model",
+    "QsJaxError",
+    "StreamPiece",
+    "__version__",
+    "generate",
+    "load",
+    "stream",
+]
 
 
 def __getattr__(name: str) -> Any:

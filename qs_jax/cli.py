@@ -52,9 +52,9 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Leave out tokens less likely than this share of the best.")
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeated tokens become less likely.")] = DEFAULTS[
-        "repetition_penalty"
-    ],
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: repeated tokens become less likely.")
+    ] = DEFAULTS.repetition_penalty,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
     num_return_sequences: Annotated[int, typer.Option(help="Samples per prompt.")] = DEFAULTS.num_return_sequences,
     seed: Annotated[int | None, typer.Option(help="Repeats a sample; drawn and reported if not given.")] = None,
