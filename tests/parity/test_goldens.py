@@ -10,7 +10,7 @@ import pytest
 from qs_jax.generation import generate
 from qs_jax.loading import load
 from tests.parity.golden_models import LOGIT_TOLERANCE, golden_of, load_model, logits
-from tests.parity.variants import GOLDENS, REAL_MODELS, SAMPLING, VARIANTS
+from tests.parity.variants import GOLDENS, NEW_TOKENS, REAL_MODELS, SAMPLING, VARIANTS
 
 
 @pytest.fixture(params=[*VARIANTS, *REAL_MODELS])
@@ -35,7 +35,7 @@ def test_greedy_tokens(name: str, folder: Path) -> None:
     golden = golden_of(name)
     # the random models have an end-of-text id as well, and pass over it here: the goldens did
     eos: dict[str, Sequence[int]] = {"eos_token_id": []} if name in VARIANTS else {}
-    output = generate(load_model(folder), [golden["greedy_prompt"].tolist()], max_new_tokens=64, **eos)
+    output = generate(load_model(folder), [golden["greedy_prompt"].tolist()], max_new_tokens=NEW_TOKENS, **eos)
     assert output.tokens == [golden["greedy_tokens"].tolist()]
 
 
