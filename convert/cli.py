@@ -18,6 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
   qs-convert ./my-hf-model ./model
   qs-convert openai-community/gpt2 ./gpt2 --verify
   qs-convert meta-llama/Llama-2-7b-hf ./llama --dtype bfloat16
+  qs-convert ./my-hf-model ./model --quantize matryoshka
   qs-convert ./my-hf-model ./model --dry-run --json"""
 )
 def convert(
@@ -32,6 +33,17 @@ def convert(
         Path | None, typer.Option(help="With --verify: safetensors with tokens, positions, logits.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a converted folder.")] = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="matryoshka: codes that can be read at 8, 4 or 2 bits (see --method).")
+    ] = None,
+    method: Annotated[str, typer.Option(help="With --quantize: rtn.")] = "rtn",
+    group_size: Annotated[int, typer.Option(help="With --quantize: inputs that share a scale; a multiple of 16.")] = 64,
+    exclude: Annotated[
+        str, typer.Option(help="With --quantize: module paths that stay dense, as a regular expression.")
+    ] = "^embedding|^lm_head",
+    pin: Annotated[
+        str | None, typer.Option(help="With --quantize: module paths that are always read at 8 bits.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check names and shapes, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -46,6 +58,14 @@ def convert(
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         stored = dtype or "float32"
+        quantizer = None
+        if quantize is not None:
+            from convert.quantize import SCHEMES, QuantizeOptions, Quantizer
+
+            if quantize not in SCHEMES:
+                raise ConfigError(f"--quantize is {quantize!r}, expected one of {', '.join(SCHEMES)}")
+            options = QuantizeOptions.of(method=method, group_size=group_size, exclude=exclude, pin=pin)
+            quantizer = Quantizer(options)
         folder = locate(src, revision)
         parts = Parts(Source(folder))
         report = inspect(parts)
@@ -67,6 +87,7 @@ def convert(
                     name=src,
                     overwrite=overwrite,
                     advance=advance,
+                    quantizer=quantizer,
                     verify=check if verify else None,
                 )
         if json:

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from convert.mapping import Plan, plan, table_for
+from convert.mapping import Plan, Rule, plan, table_for
 from convert.source import Source, read_json
 from qs_jax.checkpoint import part_of
 from qs_jax.config import ModelConfig, read_config_json
@@ -34,25 +33,33 @@ class Parts:
 
     @property
     def names(self) -> list[str]:
-        return sorted({part_of(rule.paths[0]) for _, rule in self.plan.tensors})
+        return sorted({part_of(rule.paths[0]) for _, rule in self.plan.tensors}, key=_running_order)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        """Each part's name and arrays by module path; one part is in memory at a time.
+        """Each part's name and arrays by module path, as the model runs them; one part is in memory at a time.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinity, or cannot be read.
         """
         self.plan.raise_if_incomplete(str(self.source.folder))
 
-        def part(entry: tuple[str, Any]) -> str:
+        def part(entry: tuple[str, Rule]) -> str:
             return part_of(entry[1].paths[0])
 
-        for name, entries in groupby(sorted(self.plan.tensors, key=part), key=part):
+        ordered = sorted(self.plan.tensors, key=lambda entry: _running_order(part(entry)))
+        for name, entries in groupby(ordered, key=part):
             arrays: dict[str, np.ndarray] = {}
             for tensor, rule in entries:
                 rows = sum(self.shapes[path][0] for path in rule.paths)
                 arrays |= rule.to_module(self.source.read(tensor), rows)
             yield name, arrays
+
+
+def _running_order(part: str) -> tuple[int, int, str]:
+    """Embeddings first, then the blocks by number, then the rest."""
+    kind, _, number = part.partition(".")
+    stage = 0 if "embedding" in kind else 1 if kind == "blocks" else 2
+    return stage, int(number or 0), part
 
 
 def hf_config(folder: Path) -> ModelConfig:

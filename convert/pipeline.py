@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.parts import Parts
+from convert.quantize import Quantizer
 from qs_jax.checkpoint import replacing, write_manifest, write_part
 from qs_jax.tokenizer import TOKENIZER_FILES
 
@@ -59,6 +60,7 @@ def convert(
     name: str,
     overwrite: bool,
     advance: Advance,
+    quantizer: Quantizer | None = None,
     verify: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Report:
     """Write a converted folder; it appears whole, or not at all.
@@ -70,6 +72,7 @@ def convert(
         name: what the user called the source, for the manifest.
         overwrite: replace a converted folder that is there.
         advance: called once per part written.
+        quantizer: what turns dense kernels into quantised ones, if any.
         verify: checks the finished folder before it takes its place; its findings join the report.
 
     Raises:
@@ -81,13 +84,19 @@ def convert(
     with replacing(target, overwrite=overwrite) as work:
         for part, arrays in parts:
             stored = {path: np.ascontiguousarray(array, DTYPES[dtype]) for path, array in arrays.items()}
+            if quantizer:
+                dense, quantised = quantizer(part, arrays)
+                stored = {path: stored[path] for path in dense} | quantised
             report.bytes_out += sum(array.nbytes for array in stored.values())
             write_part(work, part, stored)
             advance()
         for file in _COPIED:
             if (parts.source.folder / file).is_file():
                 shutil.copyfile(parts.source.folder / file, work / file)
-        facts = {"source": name, "dtype": dtype, "parameters": report.parameters, "bytes": report.bytes_out}
+        facts: dict[str, Any] = {"source": name, "dtype": dtype}
+        facts |= {"parameters": report.parameters, "bytes": report.bytes_out}
+        if quantizer:
+            facts["quantization"] = quantizer.manifest()
         write_manifest(work, **facts)
         if verify:
             report.verification = verify(work)

@@ -23,6 +23,7 @@ ModelArgument = Annotated[str, typer.Argument(help="Converted folder, Hugging Fa
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 PolicyOption = Annotated[Policy, typer.Option("--policy", help="Which mechanisms are on: off.")]
+Bits = Annotated[int | None, typer.Option(help="8, 4 or 2: precision of Matryoshka weights for every token.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check a converted folder against its checksums.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -45,6 +46,7 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for a batch; - reads stdin.")],
     policy: PolicyOption = DEFAULTS.policy,
+    bits: Bits = DEFAULTS.bits,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to produce.")] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
@@ -70,6 +72,7 @@ def generate(
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         settings = {
             "policy": policy,
+            "bits": bits,
             "max_new_tokens": max_new_tokens,
             "repetition_penalty": repetition_penalty,
             "stop_strings": stop or (),
@@ -97,6 +100,7 @@ def generate(
 def bench(
     model: ModelArgument,
     policy: PolicyOption = DEFAULTS.policy,
+    bits: Bits = DEFAULTS.bits,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompts.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per row.")] = 64,
@@ -108,12 +112,12 @@ def bench(
 ) -> None:
     """Measure prefill and decoding speed, and how much of the memory bandwidth decoding reaches."""
     with reporting_errors(debug):
-        GenerationConfig.of(policy=policy)
+        GenerationConfig.of(policy=policy, bits=bits)
         from qs_jax.evaluation.benchmark import benchmark
         from qs_jax.loading import load
 
         loaded = load(model, dtype=dtype, revision=revision, verify=verify)
-        figures = benchmark(loaded, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        figures = benchmark(loaded, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         if json:
             print_json(figures)
             return

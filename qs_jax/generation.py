@@ -10,8 +10,11 @@ from jaxtyping import Int
 
 from qs_jax.engine.session import Request, Session
 from qs_jax.engine.stopping import Detokenizer, ends_with_stop
+from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.loading import Model
+from qs_jax.matryoshka.linear import at_bits, has_planes
+from qs_jax.models.base import CausalLM
 from qs_jax.request import Prompt, prepare
 
 FinishReason = Literal["eos", "stop_string", "length"]
@@ -69,7 +72,7 @@ class _Generation:
     """One request on its way through a session: rows grow, end, and become output."""
 
     def __init__(self, model: Model, config: GenerationConfig, request: Request, *, streaming: bool):
-        self.session = Session(model.network, request)
+        self.session = Session(network_at(model, config.bits), request)
         self.request = request
         self.stop_strings = config.stop_strings
         self.pad_token_id = _pad_token_id(model, config)
@@ -184,6 +187,19 @@ def stream(
         return generation.output(time.perf_counter() - started)
 
     return pieces()
+
+
+def network_at(model: Model, bits: int | None) -> CausalLM:
+    """The model's network, every kernel read at `bits`.
+
+    Raises:
+        GenerationError: bits are asked for and the model's weights are not Matryoshka.
+    """
+    if bits is None:
+        return model.network
+    if not has_planes(model.network):
+        raise GenerationError(f"bits is {bits}, but {model.name} has no Matryoshka weights; qs-convert --quantize")
+    return at_bits(model.network, bits)
 
 
 def _pad_token_id(model: Model, config: GenerationConfig) -> int:

@@ -9,6 +9,9 @@ from qs_jax.errors import GenerationError
 
 Policy = Literal["off"]
 
+PRECISIONS = (8, 4, 2)
+"""Bits at which Matryoshka weights can be read."""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -16,6 +19,7 @@ class GenerationConfig:
 
     Attributes:
         policy: which mechanisms are on; "off" is the dense model.
+        bits: 8, 4 or 2, the precision at which every token reads Matryoshka weights; None for all their bits.
         max_new_tokens: most tokens to produce per row.
         do_sample: draw from the distribution instead of taking the most likely token.
         temperature: divides the logits before sampling; above 0.
@@ -32,6 +36,7 @@ class GenerationConfig:
     """
 
     policy: Policy = "off"
+    bits: int | None = None
     max_new_tokens: int = 128
     do_sample: bool = False
     temperature: float = 1.0
@@ -58,6 +63,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         self._require("policy", self.policy in get_args(Policy), "one of " + ", ".join(get_args(Policy)))
+        self._require("bits", self.bits in (None, *PRECISIONS), "one of " + ", ".join(map(str, PRECISIONS)))
         self._require("max_new_tokens", is_integer(self.max_new_tokens, 1), "a whole number from 1")
         self._require("num_return_sequences", is_integer(self.num_return_sequences, 1), "a whole number from 1")
         self._require("top_k", is_integer(self.top_k, 0), "a whole number from 0 (0 for no limit)")

@@ -14,6 +14,7 @@ from convert.source import Source, locate
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError, TokenizerError
+from qs_jax.matryoshka.stored import collect, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM
 from qs_jax.tokenizer import Tokenizer
@@ -68,13 +69,13 @@ def load(
 
 
 def _read_converted(folder: Path, dtype: jnp.dtype, verify: bool) -> tuple[ModelConfig, dict[str, Any]]:
-    read_manifest(folder, verify=verify)
+    kernels = from_manifest(read_manifest(folder, verify=verify).get("quantization"), str(folder))
     config = hf_config(folder)
-    shapes = abstract_arrays(config, dtype=dtype)
+    shapes = expand(abstract_arrays(config, dtype=dtype), kernels, str(folder))
     arrays: dict[str, Any] = {}
     for part in sorted({part_of(path) for path in shapes}):
         arrays |= read_part(folder, part, {path: s for path, s in shapes.items() if part_of(path) == part})
-    return config, arrays
+    return config, collect(arrays, kernels, dtype)
 
 
 def _read_source(folder: Path, dtype: jnp.dtype) -> tuple[ModelConfig, dict[str, Any]]:

@@ -5,12 +5,9 @@ One multiply-add is two FLOPs; norms, activations and softmax are left out (unde
 the count against XLA's own cost analysis).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
-from flax import nnx
-
+from qs_jax.matryoshka.linear import is_nested, weights
 from qs_jax.models.base import CausalLM
 
 
@@ -31,12 +28,12 @@ class Costs:
         config, block, head = model.config, model.blocks[0], model.head_kernel
         return cls(
             layers=config.num_hidden_layers,
-            block_flops_per_token=sum(2 * leaf.size for leaf in _arrays(block) if leaf.ndim == 2),
+            block_flops_per_token=sum(2 * leaf.size for leaf in weights(block) if leaf.ndim == 2),
             attention_flops_per_slot=4 * config.num_attention_heads * config.head_dim,
             head_flops=2 * head.size,
-            block_bytes=sum(leaf.nbytes for leaf in _arrays(block)),
+            block_bytes=sum(leaf.nbytes for leaf in weights(block)),
             head_bytes=head.nbytes,
-            weight_bits=8 * head.dtype.itemsize,
+            weight_bits=min((w.bits for w in weights(block) if is_nested(w)), default=8 * head.dtype.itemsize),
         )
 
 
@@ -82,7 +79,3 @@ class Ledger:
             "layers_run_mean": float(self.costs.layers),
             "bits_mean": float(self.costs.weight_bits),
         }
-
-
-def _arrays(module: nnx.Module) -> Iterator[jax.Array]:
-    return iter(jax.tree.leaves(nnx.state(module, nnx.Param)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qs_jax.adaptive.ledger import Costs
-from qs_jax.generation import CHUNK, generate
+from qs_jax.generation import CHUNK, generate, network_at
 from qs_jax.loading import Model
 
 _PROBE_MEGABYTES = 256
@@ -34,7 +34,14 @@ def measured_bandwidth(repeats: int = 10) -> float:
 
 
 def benchmark(
-    model: Model, *, batch: int = 1, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 3, seed: int = 0
+    model: Model,
+    *,
+    bits: int | None = None,
+    batch: int = 1,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Time prefill and decoding of random prompts, compilation apart; medians over `repeats` runs.
 
@@ -47,13 +54,13 @@ def benchmark(
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).tolist()
 
     def run() -> Any:
-        return generate(model, prompts, max_new_tokens=new_tokens + 1, eos_token_id=[])
+        return generate(model, prompts, max_new_tokens=new_tokens + 1, eos_token_id=[], bits=bits)
 
     compile_s = run().timing["compile_s"]
     ceiling = measured_bandwidth()
     outputs = [run() for _ in range(repeats)]
     step = statistics.median(o.timing["decode_s"] / o.timing["decode_steps"] for o in outputs)
-    costs = Costs.of(model.network)
+    costs = Costs.of(network_at(model, bits))
     bandwidth = (costs.layers * costs.block_bytes + costs.head_bytes) / step
     return {
         "tokens_per_second": batch / step,
@@ -68,6 +75,7 @@ def benchmark(
         "new_tokens": new_tokens,
         "chunk": CHUNK,
         "dtype": str(model.dtype),
+        "bits": bits,
         "device": jax.devices()[0].device_kind,
         "ledger": outputs[0].ledger,
     }

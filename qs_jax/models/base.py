@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.models.attention import View, attention, new_segment
-from qs_jax.models.layers import Embedding, Linear, project
+from qs_jax.models.layers import Embedding, Kernel, Linear, project
 
 Hidden = Float[Array, "batch tokens hidden"]
 Heads = Float[Array, "batch tokens kv_heads head_dim"]
@@ -92,9 +92,9 @@ class CausalLM(nnx.Module):
         return logits[..., : self.config.vocab_size].astype(jnp.float32)
 
     @property
-    def head_kernel(self) -> Float[Array, "padded_vocab hidden"]:
-        """The weights that turn the last hidden state into logits: the embedding's where they are tied."""
-        return self.embedding.table[...] if self.lm_head is None else self.lm_head.kernel[...]
+    def head_kernel(self) -> Kernel:
+        """The weights (padded_vocab, hidden) that make logits of the last hidden state: the embedding's if tied."""
+        return (self.embedding.table if self.lm_head is None else self.lm_head.kernel).get_value()
 
 
 def forward(model: CausalLM, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:

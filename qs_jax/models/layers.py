@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import Activation
+from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.matryoshka.linear import nested_product
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -24,8 +26,14 @@ _FEW_ROWS = 64
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def project(x: Float[Array, "*rows inputs"], kernel: Float[Array, "outputs inputs"]) -> Float[Array, "*rows outputs"]:
+Kernel = Float[Array, "outputs inputs"] | NestedKernel
+"""Weights of a projection: plain, or quantised and read at a precision of their own."""
+
+
+def project(x: Float[Array, "*rows inputs"], kernel: Kernel) -> Float[Array, "*rows outputs"]:
     """`x @ kernel.T`, arranged on CPU for how many rows there are (measured in benchmarks/kernel_layout.py)."""
+    if isinstance(kernel, NestedKernel):
+        return nested_product(x, kernel)
     rows = x.reshape(-1, x.shape[-1])
     y = jax.lax.platform_dependent(rows, kernel, cpu=_project_on_cores, default=_project)
     return y.reshape(*x.shape[:-1], kernel.shape[0])
@@ -60,7 +68,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        y = project(x, self.kernel[...])
+        y = project(x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -71,7 +79,8 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(_normal(rngs, (entries, features), std, dtype))
 
     def __call__(self, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
-        return jnp.take(self.table[...], ids, axis=0, mode="clip")
+        table = self.table.get_value()
+        return table.rows(ids) if isinstance(table, NestedKernel) else jnp.take(table, ids, axis=0, mode="clip")
 
 
 class LayerNorm(nnx.Module):

@@ -198,7 +198,7 @@ def test_conversion_reads_one_part_at_a_time(tmp_path: Path) -> None:
     parts = Parts(Source(write_folder(tmp_path / "hf", "llama")))
     names = [name for name, _ in parts]
     assert names == parts.names
-    assert names == ["blocks.0", "blocks.1", "embedding", "lm_head", "output_norm"]
+    assert names == ["embedding", "blocks.0", "blocks.1", "lm_head", "output_norm"]
 
 
 def test_verification_finds_the_same_logits_and_notices_other_ones(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Quantization on the way from a source to a converted folder: part by part, in the order in which the model runs."""
+
+import re
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qs_jax.errors import ConfigError
+from qs_jax.matryoshka.codec import BITS, BLOCK
+from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest
+from qs_jax.matryoshka.stored import StoredKernel, kernel_arrays, to_manifest
+
+SCHEMES = ("matryoshka",)
+METHODS = ("rtn",)
+DEFAULT_EXCLUDE = "^embedding|^lm_head"
+_NEVER = re.compile("(?!)")
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to quantise.
+
+    Attributes:
+        method: one of METHODS.
+        group_size: inputs that share a scale and an offset; a multiple of 16.
+        exclude: module paths that match this stay dense; by default the embedding and the head.
+        pin: module paths that match this are always read at 8 bits; None for none but embedding and head.
+    """
+
+    method: str = "rtn"
+    group_size: int = 64
+    exclude: re.Pattern[str] = re.compile(DEFAULT_EXCLUDE)
+    pin: re.Pattern[str] = _NEVER
+
+    @classmethod
+    def of(cls, *, method: str, group_size: int, exclude: str, pin: str | None) -> "QuantizeOptions":
+        """Check what the user asked for.
+
+        Raises:
+            ConfigError: an unknown method, a group size that is no multiple of 16, or no regular expression.
+        """
+        if method not in METHODS:
+            raise ConfigError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
+        if group_size < BLOCK or group_size % BLOCK:
+            raise ConfigError(f"--group-size is {group_size}, expected a multiple of {BLOCK}")
+        return cls(method, group_size, _pattern("--exclude", exclude), _pattern("--pin", pin) if pin else _NEVER)
+
+    def selects(self, path: str, array: np.ndarray) -> bool:
+        """Whether an array is quantised: kernels and the embedding, unless excluded."""
+        weight = path.endswith(".kernel") or path == "embedding.table"
+        return weight and array.ndim == 2 and not self.exclude.search(path)
+
+    def least(self, path: str) -> int:
+        """Fewest bits at which a kernel may be read."""
+        pinned = not path.startswith("blocks.") or self.pin.search(path)
+        return BITS[0] if pinned else BITS[-1]
+
+
+class Quantizer:
+    """Turns a part's arrays into what is stored: nested kernels where the options say so."""
+
+    def __init__(self, options: QuantizeOptions):
+        self.options = options
+        self.kernels: dict[str, StoredKernel] = {}
+
+    def __call__(self, part: str, arrays: Arrays) -> tuple[Set[str], Arrays]:
+        """Which arrays of a part stay dense, and what is stored for the others."""
+        stored: Arrays = {}
+        chosen = [path for path, array in arrays.items() if self.options.selects(path, array)]
+        for path in chosen:
+            array = arrays[path]
+            weights = jnp.asarray(np.asarray(array, np.float32))
+            kernel = replace(self._round(weights), least=self.options.least(path))
+            self.kernels[path] = StoredKernel.of(kernel, {"weights": relative_errors(weights, kernel)})
+            stored |= kernel_arrays(path, kernel)
+        return arrays.keys() - set(chosen), stored
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says about it, once every part is done."""
+        return to_manifest(self.kernels, self.options.method)
+
+    def _round(self, weights: jax.Array) -> NestedKernel:
+        return _ROUND(weights, group_size=self.options.group_size)
+
+
+_ROUND = jax.jit(round_to_nearest, static_argnames="group_size")
+
+
+def _pattern(option: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{option} is {text!r}, which is no regular expression ({error})") from None

@@ -1,0 +1,164 @@
+"""A quantised kernel: nested codes, and what turns them back into weights at every precision."""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt8, UInt32
+
+from qs_jax.matryoshka.codec import BITS, BLOCK, Planes, pack, unpack
+
+SCALE_DTYPE = jnp.bfloat16
+
+_FLOAT32 = jnp.dtype("float32")
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NestedKernel:
+    """Weights (outputs, inputs) as nested codes; stands wherever a plain kernel stands.
+
+    At `b` bits, code c of a group with scale s and offset o reads as `s · (level(c) + o · 2**b / 256)`, where level(c)
+    is c - (2**b - 1) / 2, bent by the codebook (`levels`). Inputs are padded to whole groups. `scales` and `offsets`
+    hold one row per entry of BITS.
+
+    Attributes:
+        shape: (outputs, inputs) of the weights.
+        group_size: inputs that share a scale and an offset.
+        bend: curvature of the codebook at each of BITS; zeros for evenly spaced levels.
+        dtype: of the weights as they are read.
+        least: fewest bits at which this kernel may be read, whatever is asked.
+        bits: the precision at which it is read, where it is the same for all rows.
+        row_bits: that of each row of the batch, in its place; traced.
+    """
+
+    high: UInt32[Array, "groups blocks outputs"]
+    middle: UInt32[Array, "groups blocks outputs"]
+    low: UInt32[Array, "groups twice_blocks outputs"]
+    scales: BFloat16[Array, "slices groups outputs"]
+    offsets: Int8[Array, "slices groups outputs"]
+    shape: tuple[int, int] = field(metadata=_STATIC)
+    group_size: int = field(metadata=_STATIC)
+    bend: tuple[float, ...] = field(default=(0.0, 0.0, 0.0), metadata=_STATIC)
+    dtype: jnp.dtype = field(default=_FLOAT32, metadata=_STATIC)
+    least: int = field(default=2, metadata=_STATIC)
+    bits: int = field(default=8, metadata=_STATIC)
+    row_bits: Int[Array, " batch"] | None = None
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def size(self) -> int:
+        """Number of weights, padding apart."""
+        return math.prod(self.shape)
+
+    @property
+    def groups(self) -> int:
+        return groups_of(self.shape[1], self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product reads at `bits`; where rows differ, at most."""
+        weights = self.groups * self.group_size * self.shape[0]
+        per_group = self.scales.dtype.itemsize + self.offsets.dtype.itemsize
+        bits = 8 if self.row_bits is not None else self.bits
+        return weights * bits // 8 + per_group * self.groups * self.shape[0]
+
+    @property
+    def planes(self) -> Planes:
+        return Planes(self.high, self.middle, self.low)
+
+    def at(self, bits: int | Int[Array, " batch"]) -> "NestedKernel":
+        """The same weights, read at `bits` from now on: one number, or one per row of the batch.
+
+        Raises:
+            ValueError: a number other than 8, 4 or 2.
+        """
+        if self.least == BITS[0]:
+            bits = self.least
+        if isinstance(bits, int):
+            if bits not in BITS:
+                raise ValueError(f"bits is {bits}, expected one of {', '.join(map(str, BITS))}")
+            return replace(self, bits=max(bits, self.least), row_bits=None)
+        return replace(self, bits=BITS[0], row_bits=jnp.maximum(bits, self.least))
+
+    def dequantise(self, bits: int) -> Float[Array, "outputs inputs"]:
+        """The weights at `bits`, in `dtype`: the plain reference for every faster product."""
+        return self._values(self.planes, self.scales, self.offsets, bits).T[:, : self.shape[1]]
+
+    def rows(self, outputs: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
+        """Rows of the weights at `bits`, as an embedding looks them up."""
+        take = partial(jnp.take, indices=outputs.reshape(-1), axis=-1, mode="clip")
+        values = self._values(Planes(*map(take, self.planes)), take(self.scales), take(self.offsets), self.bits)
+        return values.T[:, : self.shape[1]].reshape(*outputs.shape, -1)
+
+    def _values(self, planes: Planes, scales: Array, offsets: Array, bits: int) -> Float[Array, "inputs outputs"]:
+        slice_ = BITS.index(bits)
+        level = levels(unpack(planes, bits), bits, self.bend[slice_])
+        scale, offset = scales[slice_].astype(jnp.float32), offset_in_steps(offsets[slice_], bits)
+        values = (level + offset[:, None]) * scale[:, None]
+        return values.reshape(-1, values.shape[-1]).astype(self.dtype)
+
+
+def groups_of(inputs: int, group_size: int) -> int:
+    """Groups that hold all inputs, the last one padded."""
+    return -(-inputs // group_size)
+
+
+def levels(codes: UInt8[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*shape"]:
+    """Where each code stands, in steps of the scale: evenly spaced around 0, and spread outwards by `bend`.
+
+    t = c - (2**b - 1) / 2 becomes t + bend · t³ / (2**b / 2)²: a nested code then has narrow cells where weights are
+    many and wide ones in the tails.
+    """
+    t = codes.astype(jnp.float32) - (2**bits - 1) / 2
+    return t if bend == 0.0 else t * (1.0 + bend / 4.0 ** (bits - 1) * t * t)
+
+
+def offset_in_steps(offsets: Int8[Array, "*shape"], bits: int) -> Float[Array, "*shape"]:
+    """Stored offsets in steps of the slice's scale."""
+    return offsets.astype(jnp.float32) * (2.0**bits / 256)
+
+
+def nested_kernel(
+    codes: UInt8[Array, "groups group_size outputs"],
+    scales: Float[Array, "slices groups outputs"],
+    offsets: Int8[Array, "slices groups outputs"],
+    *,
+    inputs: int,
+    bend: tuple[float, ...] = (0.0, 0.0, 0.0),
+    least: int = BITS[-1],
+) -> NestedKernel:
+    """Pack codes into a kernel; `inputs` is the number of inputs without padding."""
+    _, group_size, outputs = codes.shape
+    return NestedKernel(
+        *pack(codes),
+        scales=scales.astype(SCALE_DTYPE),
+        offsets=offsets,
+        shape=(outputs, inputs),
+        group_size=group_size,
+        bend=bend,
+        least=least,
+    )
+
+
+def abstract_kernel(shape: tuple[int, int], group_size: int) -> NestedKernel:
+    """A kernel with shapes in place of arrays."""
+    outputs, inputs = shape
+    groups, blocks = groups_of(inputs, group_size), group_size // BLOCK
+
+    def words(count: int) -> Any:
+        return jax.ShapeDtypeStruct((groups, count, outputs), jnp.uint32)
+
+    def per_group(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((len(BITS), groups, outputs), dtype)
+
+    arrays = words(blocks), words(blocks), words(2 * blocks), per_group(SCALE_DTYPE), per_group(jnp.int8)
+    return NestedKernel(*arrays, shape=shape, group_size=group_size)

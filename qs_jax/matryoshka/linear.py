@@ -1,0 +1,75 @@
+"""Products with nested kernels, and the precision at which a whole module reads them."""
+
+from typing import TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qs_jax.matryoshka.codec import BITS
+from qs_jax.matryoshka.kernel import NestedKernel
+
+Tree = TypeVar("Tree")
+
+Rows = Float[Array, "rows inputs"]
+Result = Float[Array, "rows outputs"]
+
+
+def at_bits(module: Tree, bits: int | Int[Array, " batch"]) -> Tree:
+    """A copy of a module (a block, a whole model) whose nested kernels are read at `bits`; weights are shared.
+
+    Args:
+        module: any pytree; one without nested kernels comes back unchanged.
+        bits: 8, 4 or 2 for every row, or an array with one of these per row of the batch.
+
+    Raises:
+        ValueError: a number other than 8, 4 or 2.
+    """
+    return jax.tree.map(lambda leaf: leaf.at(bits) if is_nested(leaf) else leaf, module, is_leaf=is_nested)
+
+
+def has_planes(module: object) -> bool:
+    """Whether a module has kernels that can be read at several precisions."""
+    return any(map(is_nested, jax.tree.leaves(module, is_leaf=is_nested)))
+
+
+def plane_bytes(module: nnx.Module, bits: int) -> int:
+    """Bytes of weights that a pass over the module reads at `bits`: planes, their scales and offsets, dense leaves."""
+    return sum(leaf.nbytes for leaf in weights(at_bits(module, bits)))
+
+
+def weights(module: nnx.Module) -> list[Array | NestedKernel]:
+    """Every weight of a module, nested kernels whole."""
+    return jax.tree.leaves(nnx.state(module, nnx.Param), is_leaf=is_nested)
+
+
+def is_nested(leaf: object) -> TypeGuard[NestedKernel]:
+    return isinstance(leaf, NestedKernel)
+
+
+def nested_product(x: Float[Array, "*rows inputs"], kernel: NestedKernel) -> Float[Array, "*rows outputs"]:
+    """`x @ weights.T` at the kernel's precision; where that is per row, rows are those of x's first axis.
+
+    A batch of mixed precisions costs one product for each that occurs, a uniform one exactly one.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if kernel.row_bits is None:
+        y = _product(rows, kernel, kernel.bits)
+    else:
+        wanted = jnp.repeat(kernel.row_bits, rows.shape[0] // x.shape[0], total_repeat_length=rows.shape[0])
+        y = jnp.zeros((rows.shape[0], kernel.shape[0]), x.dtype)
+        for bits in BITS[: BITS.index(kernel.least) + 1]:
+            mine = wanted == bits
+            y = jax.lax.cond(
+                mine.any(),
+                lambda y, mine, bits=bits: jnp.where(mine[:, None], _product(rows, kernel, bits), y),
+                lambda y, mine: y,
+                y,
+                mine,
+            )
+    return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def _product(x: Rows, kernel: NestedKernel, bits: int) -> Result:
+    return jax.lax.dot_general(x, kernel.dequantise(bits).astype(x.dtype), (((1,), (1,)), ((), ())))
