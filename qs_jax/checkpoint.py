@@ -42,16 +42,18 @@ def is_converted(folder: Path) -> bool:
 
 
 @contextmanager
-def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def replacing(target: Path, *, overwrite: bool, marker: str = MANIFEST) -> Iterator[Path]:
     """A temporary folder beside the target that takes its place when the block ends well, and vanishes otherwise.
+
+    Only an empty folder or one that holds the file `marker`, which says that we wrote it, is ever replaced.
 
     Raises:
         CheckpointError: the target exists and `overwrite` is false, or nothing can be written beside it.
     """
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target}: exists already; give another folder or --overwrite")
-    if target.exists() and not is_converted(target) and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: is not a converted folder; it is never overwritten, remove it yourself")
+    if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: holds no {marker}, so it is never overwritten; remove it yourself")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))

@@ -1,5 +1,6 @@
 """Resumable training state on disk: the only module that imports Orbax's manager."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ class Checkpoints:
     the optimiser's containers. `progress` is a JSON object beside it.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    def __init__(self, folder: Path, *, keep: int, read_only: bool = False):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # the user's terminal is for the user
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, enable_async_checkpointing=False, read_only=read_only
+        )
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     @property

@@ -173,7 +173,7 @@ def test_a_folder_that_is_not_ours_is_never_overwritten(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    assert_refused(source, mine, "not a converted folder", "--overwrite")
+    assert_refused(source, mine, "holds no manifest.json", "--overwrite")
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 

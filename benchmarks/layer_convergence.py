@@ -1,0 +1,170 @@
+"""How early do the layers of a model agree with its last one? What halting could save at the very best.
+
+    python -m benchmarks.layer_convergence  # writes results/layer_convergence.json, docs/layer_convergence.md and .png
+
+Teacher-forced on held-out text, every layer in full; for each layer: how far it moves the residual stream, how close
+that is to where it ends, and what the model's own head would say there (the logit lens).
+
+* relative drift: ‖h_l − h_{l−1}‖ / ‖h_{l−1}‖, mean over tokens (h_0 is the embedding);
+* cosine to the final state;
+* logit-lens perplexity: final norm and head applied to h_l;
+* argmax is final: share of tokens whose logit-lens argmax is already that of the last layer;
+* settled: the same at this layer *and every later one* - the oracle of halting, which no rule that sees only the
+  past can beat.
+
+Prediction, before the first run: models this small and this briefly trained use all their layers; the logit lens is
+poor until the last two or three, and the oracle saves less than a third.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from benchmarks import reference_text
+from benchmarks.harness import write_result
+from benchmarks.plots import Panel, draw
+from qs_jax.console import reporting_errors
+from qs_jax.loading import Model, load
+from qs_jax.models import CausalLM
+
+DOCS = Path(__file__).parents[1] / "docs"
+MODELS = tuple(Path(__file__).parents[1] / "reference_models" / name for name in ("gpt2", "llama"))
+TOKENS_PER_SLICE = 4096
+WINDOW = 512
+
+Stats = dict[str, Float[Array, "layers tokens"]]
+
+
+@jax.jit
+def layer_statistics(network: CausalLM, tokens: Int[Array, "1 window"]) -> Stats:
+    """For layers 1 … L and every token but the last; `nats` is the loss of the logit lens."""
+    positions = jnp.arange(tokens.shape[1])[None]
+    states = [network.embed(tokens, positions)]
+    for block in network.blocks:
+        states.append(block.run(states[-1], positions, ())[0])
+    hidden = jnp.stack([state[0, :-1] for state in states])
+    logits = jax.lax.map(network.head, hidden[1:])
+    argmax = logits.argmax(axis=-1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(tokens[0, 1:], argmax.shape))
+    norm = jnp.linalg.norm(hidden, axis=-1)
+    drift = jnp.linalg.norm(hidden[1:] - hidden[:-1], axis=-1) / norm[:-1]
+    cosine = (hidden[1:] * hidden[-1]).sum(axis=-1) / (norm[1:] * norm[-1])
+    return {"drift": drift, "cosine": cosine, "nats": losses, "final": argmax == argmax[-1]}
+
+
+def study(model: Model, folder: Path) -> dict[str, Any]:
+    """Means over the held-out slices together, one row per layer."""
+    gathered: list[dict[str, np.ndarray]] = []
+    for piece in reference_text.slices():
+        stream, _ = reference_text.packed(folder / "tokenizer.json", piece.documents, TOKENS_PER_SLICE)
+        whole = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, 1, WINDOW)
+        gathered += [jax.tree.map(np.asarray, layer_statistics(model.network, jnp.asarray(w))) for w in whole]
+    together = {key: np.concatenate([stats[key] for stats in gathered], axis=1) for key in gathered[0]}
+    return summarise(together)
+
+
+def summarise(stats: dict[str, np.ndarray]) -> dict[str, Any]:
+    """From per-token statistics to one row per layer, and the oracle's mean depth."""
+    settled = settled_from(stats["final"])
+    layers = stats["final"].shape[0]
+    rows = [
+        {
+            "layer": layer + 1,
+            "relative_drift": float(stats["drift"][layer].mean()),
+            "cosine_to_final": float(stats["cosine"][layer].mean()),
+            "lens_perplexity": math.exp(stats["nats"][layer].mean(dtype=np.float64)),
+            "argmax_is_final": float(stats["final"][layer].mean()),
+            "settled": float(settled[layer].mean()),
+        }
+        for layer in range(layers)
+    ]
+    depth = layers - settled.sum(axis=0) + 1
+    return {
+        "tokens": stats["final"].shape[1],
+        "oracle_layers_mean": float(depth.mean()),
+        "oracle_share_of_layers": float(depth.mean() / layers),
+        "rows": rows,
+    }
+
+
+def settled_from(final: np.ndarray) -> np.ndarray:
+    """Whether a layer's argmax is final and stays so in every later layer; (layers, tokens), booleans."""
+    return np.flip(np.logical_and.accumulate(np.flip(final, axis=0), axis=0), axis=0)
+
+
+def panels(studies: dict[str, dict[str, Any]]) -> list[Panel]:
+    """One panel per statistic, depth as a share of the layers, so that models of any depth lie over each other."""
+
+    def lines(key: str) -> dict[str, tuple[list[float], list[float]]]:
+        return {
+            name: ([row["layer"] / len(s["rows"]) for row in s["rows"]], [row[key] for row in s["rows"]])
+            for name, s in studies.items()
+        }
+
+    depth = "share of the layers run"
+    return [
+        Panel("how far a layer moves the state", depth, "relative drift", lines("relative_drift"), log_y=True),
+        Panel("how close that is to the end", depth, "cosine to the final state", lines("cosine_to_final")),
+        Panel("the logit lens", depth, "perplexity", lines("lens_perplexity"), log_y=True),
+        Panel("the oracle", depth, "share of tokens settled", lines("settled"), from_zero=True),
+    ]
+
+
+def page(studies: dict[str, dict[str, Any]]) -> str:
+    """docs/layer_convergence.md."""
+    parts = [_INTRODUCTION]
+    for name, s in studies.items():
+        parts.append(
+            f"\n## reference_models/{name}\n\n{s['tokens']:,} tokens. An oracle that knew when the argmax has settled "
+            f"would run {s['oracle_layers_mean']:.2f} of {len(s['rows'])} layers per token "
+            f"({s['oracle_share_of_layers']:.1%}).\n\n" + _table(s["rows"])
+        )
+    return "".join(parts)
+
+
+def _table(rows: Sequence[dict[str, float]]) -> str:
+    names = ("layer", "relative drift", "cosine to final", "logit-lens perplexity", "argmax is final", "settled")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += [
+        f"| {row['layer']} | {row['relative_drift']:.3f} | {row['cosine_to_final']:.3f} "
+        f"| {row['lens_perplexity']:,.1f} | {row['argmax_is_final']:.1%} | {row['settled']:.1%} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = f"""# Layer convergence of the reference models
+
+How early do the layers agree with the last one? Teacher-forced on the held-out slices and on WikiText-103 test, the
+first {TOKENS_PER_SLICE:,} tokens of each in windows of {WINDOW}, float32. *Settled* is the share of tokens whose
+logit-lens argmax is final at this layer and at every later one: the oracle of halting scored tokens without changing a
+greedy choice.
+
+![layer convergence](layer_convergence.png)
+
+`python -m benchmarks.layer_convergence` writes this page, the figure and
+`benchmarks/results/layer_convergence.json`.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    with reporting_errors(debug=False):
+        studies = {folder.name: study(load(folder, dtype="float32"), folder) for folder in MODELS}
+        settings = {"tokens_per_slice": TOKENS_PER_SLICE, "window": WINDOW, "dtype": "float32"}
+        print(write_result("layer_convergence", {"settings": settings, "models": studies}))
+        draw(panels(studies), DOCS / "layer_convergence.png")
+        (DOCS / "layer_convergence.md").write_text(page(studies), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""One look for every figure: a row of line plots, written as PNG."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes. `lines` maps a label to its x and y values; `faint` lines are drawn thin, without markers."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Line]
+    log_x: bool = False
+    log_y: bool = False
+    from_zero: bool = False
+    faint: Sequence[str] = field(default_factory=tuple)
+
+
+def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
+    """Draw the panels in a grid and write them to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 3.8 * rows), squeeze=False, layout="constrained")
+    for spare in axes.flat[len(panels) :]:
+        spare.set_visible(False)
+    for panel, ax in zip(panels, axes.flat, strict=False):
+        for label, (x, y) in panel.lines.items():
+            faint = label in panel.faint
+            ax.plot(x, y, label=label, marker="" if faint else "o", markersize=3, linewidth=0.7 if faint else 1.6)
+        ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        ax.set_xscale("log", base=2) if panel.log_x else None
+        ax.set_yscale("log") if panel.log_y else None
+        ax.set_ylim(bottom=0) if panel.from_zero else None
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(panel.lines) > 1:
+            ax.legend(frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
