@@ -1,14 +1,16 @@
-"""`make demo`: convert the shipped Llama, generate from two prompts, show text, speed and ledger.
+"""`make demo`: convert the shipped Llama, generate from two prompts, show text, speed and ledger side by side.
 
 python -m reference_models.demo
 """
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from convert.parts import Parts
 from convert.pipeline import convert
@@ -16,42 +18,78 @@ from convert.source import Source
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.generation import GenerateOutput, generate
-from qs_jax.loading import load
+from qs_jax.generation_config import Policy
+from qs_jax.loading import Model, load
 
 MODEL = Path(__file__).parent / "llama"
-PROMPTS = ("Once upon a time, there was a little girl who", "The old man looked at the sea and")
+PROMPTS = (
+    "Once upon a time, there was a little girl named Lily. She",
+    "One day, Tom and his mom went to the park. They",
+)
+SETTINGS = {"max_new_tokens": 96, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 1}
+WAYS = {"dense": "off", "QuickSilver": "balanced"}
 
 
-def figures(output: GenerateOutput) -> Table:
-    """What the run cost, as a table."""
-    table = Table(show_header=False, box=None)
-    ledger, timing = output.ledger, output.timing
-    decoding = sum(output.lengths) / (timing["decode_s"] + timing["prefill_s"])
-    table.add_row("speed", f"{decoding:.0f} tokens/s for {len(output.texts)} prompts together")
-    table.add_row("layers run per token", f"{ledger['layers_run_mean']:.1f}")
-    table.add_row("work", f"{ledger['flops'] / 1e9:.2f} GFLOP")
-    table.add_row("weights read", f"{ledger['weight_bytes'] / 1e9:.2f} GB at {ledger['bits_mean']:.0f} bits")
-    table.add_row("cache slots written", f"{ledger['kv_slots']}")
+def converted(folder: Path, console: Console) -> Model:
+    """The shipped model, converted into `folder` and loaded from there."""
+    if not (MODEL / "config.json").is_file():
+        raise CheckpointError(f"{MODEL}: the reference model is not here; clone the whole repository")
+    parts = Parts(Source(MODEL))
+    with progress("converting", total=len(parts.names)) as advance:
+        report = convert(parts, folder, dtype="float32", name=str(MODEL), overwrite=False, advance=advance)
+    console.print(f"converted {report.parameters:,} parameters in {report.seconds:.1f} s")
+    return load(folder)
+
+
+def texts(outputs: Mapping[str, GenerateOutput]) -> Table:
+    """Every prompt and its continuations, one column per way of decoding."""
+    table = Table(show_lines=True, expand=True)
+    for name in outputs:
+        table.add_column(name, ratio=1)
+    for row, prompt in enumerate(PROMPTS):
+        table.add_row(*(Text.assemble((prompt, "bold"), (o.texts[row], "green")) for o in outputs.values()))
     return table
+
+
+def figures(outputs: Mapping[str, GenerateOutput]) -> Table:
+    """What each way cost and, where there is more than one, what the last saved against the first."""
+    compared = len(outputs) > 1
+    table = Table("", *outputs, *(("saved",) if compared else ()), box=None, pad_edge=False)
+    for label, unit, key, scale in (
+        ("work", "GFLOP", "flops", 1e9),
+        ("weights read", "GB", "weight_bytes", 1e9),
+        ("cache slots written", "", "kv_slots", 1),
+        ("layers run per token", "", "layers_run_mean", 1),
+        ("bits per weight", "", "bits_mean", 1),
+    ):
+        values = [output.ledger[key] / scale for output in outputs.values()]
+        table.add_row(label, *(f"{value:.4g} {unit}" for value in values), *saved(values))
+    seconds = [output.timing["prefill_s"] + output.timing["decode_s"] for output in outputs.values()]
+    per_token = [1e3 * s / sum(output.lengths) for s, output in zip(seconds, outputs.values(), strict=True)]
+    table.add_row("time per token", *(f"{value:.2f} ms" for value in per_token), *saved(per_token))
+    table.add_row("speed", *(f"[bold green]{1e3 / value:.0f} tokens/s[/bold green]" for value in per_token))
+    return table
+
+
+def saved(values: list[float]) -> list[str]:
+    """The last value's saving against the first, in colour; nothing where there is only one."""
+    if len(values) < 2:
+        return []
+    share = 1 - values[-1] / values[0]
+    return [f"[{'green' if share > 0 else 'yellow'}]{share:.0%}[/]"]
 
 
 def main() -> None:
     console = Console()
     with reporting_errors(debug=False), tempfile.TemporaryDirectory() as folder:
-        if not (MODEL / "config.json").is_file():
-            raise CheckpointError(f"{MODEL}: the reference model is not here; clone the whole repository")
-        target, parts = Path(folder) / "llama", Parts(Source(MODEL))
-        with progress("converting", total=len(parts.names)) as advance:
-            report = convert(parts, target, dtype="float32", name=str(MODEL), overwrite=False, advance=advance)
-        console.print(f"converted {report.parameters:,} parameters in {report.seconds:.1f} s")
-        model = load(target)
-        console.print("compiling …", style="dim")
-        settings = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "seed": 1}
-        generate(model, PROMPTS, **settings)
-        output = generate(model, PROMPTS, **settings)
-        for prompt, text in zip(PROMPTS, output.texts, strict=True):
-            console.print(Panel(f"[bold]{prompt}[/bold][green]{text}[/green]", title="dense"))
-        console.print(figures(output))
+        model = converted(Path(folder) / "llama", console)
+        ways = {name: policy for name, policy in WAYS.items() if policy in get_args(Policy)}
+        outputs = {}
+        for name, policy in ways.items():
+            with console.status(f"compiling {name} …"):
+                generate(model, PROMPTS, policy=policy, **SETTINGS)
+            outputs[name] = generate(model, PROMPTS, policy=policy, **SETTINGS)
+        console.print(texts(outputs), figures(outputs))
 
 
 if __name__ == "__main__":
