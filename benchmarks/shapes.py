@@ -1,0 +1,51 @@
+"""The models that speed is measured on: published shapes with random weights, and the reference models."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from qs_jax.loading import Model, load
+from qs_jax.models import parse_config, random_network
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2-124m": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": 50257,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    },
+    "llama-1.1b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+"""OpenAI's GPT-2 small, and TinyLlama 1.1B."""
+
+
+def random_model(raw: dict[str, Any], name: str, dtype: str = "float32") -> Model:
+    """A model of a shape, without a tokenizer."""
+    config = parse_config(raw, name)
+    return Model(config, random_network(config, seed=0, dtype=dtype), None, jnp.dtype(dtype), name)
+
+
+def model_named(name: str, dtype: str = "float32") -> Model:
+    """A shape by name, or a model folder by path."""
+    return random_model(SHAPES[name], name, dtype) if name in SHAPES else load(Path(name), dtype=dtype)

@@ -1,0 +1,156 @@
+"""Decoding and prefill of one model against what a user would run instead, on the same weights, in one run.
+
+    python -m benchmarks.speed decode --model gpt2-124m --batch 1 2     # adds to results/speed_gpt2-124m.json
+    python -m benchmarks.speed prefill --model gpt2-124m --tokens 128 512 1023
+    python -m benchmarks.speed decode --quick                           # two rounds, nothing written
+
+All sides decode greedily from the same random prompts on all cores, end of text ignored. Time per decode step is
+(time of a long request - time of a one-token request) / steps, so that prefill and fixed costs cancel on every side;
+prefill is a one-token request. Rounds are interleaved, the first warms up, and a ratio is the median of the ratios
+round by round. A call adds its rows to the result file and leaves the others there, each with its own date.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import RESULTS, environment, interleaved, median_ratio, summary, write_result
+from benchmarks.peers import Generate, Prompts, installed_peers, write_hugging_face
+from benchmarks.shapes import SHAPES, model_named
+from qs_jax.adaptive.ledger import Costs
+from qs_jax.console import reporting_errors
+from qs_jax.evaluation.benchmark import measured_bandwidth
+from qs_jax.generation import generate
+from qs_jax.loading import Model
+
+OURS = "qs_jax float32"
+PROMPT_TOKENS = 32
+_COMPARED_TOKENS = 8
+
+
+def our_generate(model: Model, **settings: Any) -> Generate:
+    """Our side of the comparison."""
+    return lambda prompts, new: generate(model, prompts, max_new_tokens=new, eos_token_id=[], **settings).tokens
+
+
+def random_prompts(model: Model, batch: int, tokens: int) -> Prompts:
+    """The same prompts for every side and every run."""
+    return np.random.default_rng(batch).integers(3, model.config.vocab_size, (batch, tokens)).tolist()
+
+
+def seconds_per_step(sides: dict[str, Generate], prompts: Prompts, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds per decode step of the whole batch, one figure per round."""
+    candidates: dict[str, Callable[[], Any]] = {}
+    for name, side in sides.items():
+        candidates[f"{name}/long"] = lambda side=side: side(prompts, steps + 1)
+        candidates[f"{name}/short"] = lambda side=side: side(prompts, 1)
+    seconds = interleaved(candidates, rounds)
+    pairs = {name: zip(seconds[f"{name}/long"], seconds[f"{name}/short"], strict=True) for name in sides}
+    return {name: [(long - short) / steps for long, short in both] for name, both in pairs.items()}
+
+
+def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Summary of every side, and how many times faster than it we are."""
+    return {
+        name: {**summary(values), "speedup": median_ratio(values, seconds[OURS])} for name, values in seconds.items()
+    }
+
+
+def agreement(sides: dict[str, Generate], prompts: Prompts) -> dict[str, float]:
+    """Share of the first greedy tokens in which a side agrees with ours: do all run the same model?"""
+    tokens = {name: np.asarray(side(prompts, _COMPARED_TOKENS)) for name, side in sides.items()}
+    if any(t.shape != tokens[OURS].shape for t in tokens.values()):
+        raise AssertionError(f"sides produce different numbers of tokens: { {n: t.shape for n, t in tokens.items()} }")
+    return {name: float((t == tokens[OURS]).mean()) for name, t in tokens.items()}
+
+
+def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int, rounds: int) -> dict[str, Any]:
+    """One batch size: time per step of every side, and our share of the bandwidth measured before and after."""
+    prompts = random_prompts(model, batch, PROMPT_TOKENS)
+    agreed = agreement(sides, prompts)
+    before = measured_bandwidth()
+    seconds = seconds_per_step(sides, prompts, steps, rounds)
+    bandwidth = statistics.median([before, measured_bandwidth()])
+    costs = Costs.of(model.network)
+    reached = (costs.layers * costs.block_bytes + costs.head_bytes) / statistics.median(seconds[OURS])
+    return {
+        "batch": batch,
+        "prompt_tokens": PROMPT_TOKENS,
+        "steps": steps,
+        "rounds": rounds,
+        "sides": compared(seconds),
+        "agreement": agreed,
+        "measured_bandwidth_gb_s": bandwidth / 1e9,
+        "bandwidth_fraction": reached / bandwidth,
+        "date": environment()["date"],
+    }
+
+
+def prefill_row(model: Model, sides: dict[str, Generate], tokens: int, rounds: int) -> dict[str, Any]:
+    """One prompt length at batch 1: time to the first new token."""
+    prompts = random_prompts(model, 1, tokens)
+    seconds = interleaved({name: lambda side=side: side(prompts, 1) for name, side in sides.items()}, rounds)
+    return {"tokens": tokens, "rounds": rounds, "sides": compared(seconds), "date": environment()["date"]}
+
+
+def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The rows by key, new ones in place of old."""
+    table = {row[key]: row for row in [*rows, *new]}
+    return [table[value] for value in sorted(table)]
+
+
+def add_rows(model: str, study: str, key: str, new: list[dict[str, Any]]) -> Path:
+    """Put rows into the model's result file."""
+    name = f"speed_{Path(model).name}"
+    path = RESULTS / f"{name}.json"
+    result = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    result.pop("environment", None)
+    return write_result(name, {"model": model, **result, study: merged(result.get(study, []), new, key)})
+
+
+def table(rows: list[dict[str, Any]], key: str) -> str:
+    """Rows as a Markdown table: milliseconds of every side, and in brackets how many times faster we are."""
+    names = [OURS, *(name for name in rows[0]["sides"] if name != OURS)]
+    lines = [f"| {key} | " + " | ".join(f"{name}, ms" for name in names) + " |", "|" + "---|" * (len(names) + 1)]
+    for row in rows:
+        cells = [f"{s['median_ms']:.1f} ({s['speedup']:.2f} ×)" for s in (row["sides"][name] for name in names)]
+        lines.append(f"| {row[key]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("decode", "prefill"))
+    parser.add_argument("--model", default="gpt2-124m", help=f"one of {', '.join(SHAPES)}, or a model folder")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", default=[], help="only these, such as 'ctranslate2 int8'; none: all")
+    parser.add_argument("--quick", action="store_true", help="two rounds of 16 steps, nothing written")
+    arguments = parser.parse_args()
+    steps, rounds = (16, 2) if arguments.quick else (arguments.steps, arguments.rounds)
+    threads = environment()["cores"]
+    with reporting_errors(debug=True), tempfile.TemporaryDirectory() as folder:
+        model = model_named(arguments.model)
+        sides: dict[str, Generate] = {OURS: our_generate(model)}
+        if arguments.model in SHAPES:
+            source = write_hugging_face(model, SHAPES[arguments.model], Path(folder) / "model")
+            sides |= installed_peers(source, threads, arguments.peers)
+        if arguments.study == "decode":
+            rows, key = [decode_row(model, sides, batch, steps, rounds) for batch in arguments.batch], "batch"
+        else:
+            rows, key = [prefill_row(model, sides, tokens, rounds) for tokens in arguments.tokens], "tokens"
+        print(table(rows, key))
+        if not arguments.quick:
+            print(add_rows(arguments.model, arguments.study, key, rows))
+
+
+if __name__ == "__main__":
+    main()
