@@ -4,7 +4,7 @@
     python -m benchmarks.reference_card reference_models/llama
 
 Perplexity is per token of the model's own vocabulary; bits per byte compare across vocabularies. Both count the
-separators between documents. Of each slice the first 32,768 tokens are scored, in windows of 512 that overlap by half.
+separators between documents. Of each slice the first 16,384 tokens are scored, in windows of 512 that overlap by half.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from reference_models.data import load_sources, text_folder
 from reference_models.tokens import pack
 
 WINDOW = 512
-LIMIT = 32_768
+LIMIT = 16_384
 BATCH = 4
 TEST = "wikitext103-test"
 
