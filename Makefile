@@ -43,7 +43,7 @@ format: $(VENV)/dev ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: $(VENV)/package ## a short set of benchmarks; results go to benchmarks/results
-	@$(BIN)/python -m benchmarks.dense_decode --quick
+	@$(BIN)/python -m benchmarks.speed decode --quick
 	@$(BIN)/python -m benchmarks.kernel_layout --quick
 
 clean: ## remove the virtual environment and caches
