@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int,
     seconds = seconds_per_step(sides, prompts, steps, rounds)
     bandwidth = statistics.median([before, measured_bandwidth()])
     costs = Costs.of(model.network)
-    reached = (costs.layers * costs.block_bytes + costs.head_bytes) / statistics.median(seconds[OURS])
+    reached = costs.step_bytes() / statistics.median(seconds[OURS])
     return {
         "batch": batch,
         "prompt_tokens": PROMPT_TOKENS,
@@ -124,7 +124,7 @@ def table(rows: list[dict[str, Any]], key: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("decode", "prefill"))
     parser.add_argument("--model", default="gpt2-124m", help=f"one of {', '.join(SHAPES)}, or a model folder")
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=[], help="only these, such as 'ctranslate2 int8'; none: all")
     parser.add_argument("--quick", action="store_true", help="two rounds of 16 steps, nothing written")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     steps, rounds = (16, 2) if arguments.quick else (arguments.steps, arguments.rounds)
     threads = environment()["cores"]
     with reporting_errors(debug=True), tempfile.TemporaryDirectory() as folder:

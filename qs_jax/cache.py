@@ -1,6 +1,7 @@
 """The KV cache: per layer and row, compacted slots. A token that writes nothing in a layer takes no slot there."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,15 @@ from qs_jax.models.attention import Segment
 class LayerCache:
     """Keys (rotary position applied), values, each slot's position, and how many slots each row has filled.
 
-    Slots 0 to length - 1 hold tokens in the order they were written; what lies beyond is never read.
+    Slots 0 to length - 1 hold tokens in the order they were written; what lies beyond is never read. `bias`, where
+    fused tokens are to weigh as their members did, is added to the attention logits of each slot.
     """
 
     keys: Float[Array, "batch kv_heads capacity head_dim"]
     values: Float[Array, "batch kv_heads head_dim capacity"]
     positions: Int[Array, "batch capacity"]
     lengths: Int[Array, " batch"]
+    bias: Float[Array, "batch capacity"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -31,32 +34,37 @@ class LayerCache:
 Cache = tuple[LayerCache, ...]
 
 
-def bucket(length: int, limit: int, *, smallest: int = 64) -> int:
-    """The first of smallest, 2 · smallest, 4 · smallest, … that holds `length`, but no more than `limit`."""
+def bucket(length: int, limit: int, *, smallest: int = 64, per_octave: int = 1) -> int:
+    """The first of smallest, 2 · smallest, 4 · smallest, … that holds `length`, but no more than `limit`.
+
+    `per_octave` evenly spaced sizes instead of one between each power of two and the next waste less, and compile
+    more programs.
+    """
     size = smallest
     while size < length:
         size *= 2
-    return min(size, limit)
+    finer = next(
+        (n for n in range(size // 2, size, max(1, size // (2 * per_octave))) if n >= max(length, smallest)), size
+    )
+    return min(finer, limit)
 
 
-def allocate(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache."""
+def allocate(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, *, biased: bool = False) -> LayerCache:
+    """One layer's empty cache."""
     heads, head_dim = config.num_key_value_heads, config.head_dim
-    return tuple(
-        LayerCache(
-            keys=jnp.zeros((batch, heads, capacity, head_dim), dtype),
-            values=jnp.zeros((batch, heads, head_dim, capacity), dtype),
-            positions=jnp.zeros((batch, capacity), jnp.int32),
-            lengths=jnp.zeros((batch,), jnp.int32),
-        )
-        for _ in range(config.num_hidden_layers)
+    return LayerCache(
+        keys=jnp.zeros((batch, heads, capacity, head_dim), dtype),
+        values=jnp.zeros((batch, heads, head_dim, capacity), dtype),
+        positions=jnp.zeros((batch, capacity), jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        bias=jnp.zeros((batch, capacity), jnp.float32) if biased else None,
     )
 
 
 def segment(layer: LayerCache) -> Segment:
     """What later tokens may look at: every filled slot. Slots hold only the past, so no causal mask is needed."""
     slots = jnp.arange(layer.capacity, dtype=jnp.int32)
-    return Segment(layer.keys, layer.values, (slots < layer.lengths[:, None])[:, None, :])
+    return Segment(layer.keys, layer.values, (slots < layer.lengths[:, None])[:, None, :], layer.bias)
 
 
 def append(
@@ -65,13 +73,20 @@ def append(
     v: Float[Array, "batch tokens kv_heads head_dim"],
     positions: Int[Array, "batch tokens"],
     writes: Bool[Array, "batch tokens"],
+    bias: Float[Array, "batch tokens"] | None = None,
 ) -> LayerCache:
-    """Write tokens into the next free slots; tokens that do not write, or find no slot left, change nothing."""
+    """Write tokens into the next free slots; tokens that do not write, or find no slot left, change nothing.
+
+    Tokens without a bias, in a layer that has one, get 0.
+    """
     slots = layer.lengths[:, None] + jnp.cumsum(writes, axis=1, dtype=jnp.int32) - 1
     slots = jnp.where(writes, slots, layer.capacity)
     rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     added = writes.sum(axis=1, dtype=jnp.int32)
-    return LayerCache(
+    if layer.bias is not None and bias is not None:
+        layer = replace(layer, bias=layer.bias.at[rows, slots].set(bias, mode="drop"))
+    return replace(
+        layer,
         keys=layer.keys.at[rows, :, slots].set(k.astype(layer.keys.dtype), mode="drop"),
         values=layer.values.at[rows, :, :, slots].set(v.astype(layer.values.dtype), mode="drop"),
         positions=layer.positions.at[rows, slots].set(positions, mode="drop"),
@@ -79,16 +94,17 @@ def append(
     )
 
 
-def grow(cache: Cache, capacity: int) -> Cache:
-    """The same slots with room for more."""
+def grow(cache: Cache, capacities: Sequence[int]) -> Cache:
+    """The same slots with room for more, layer by layer."""
 
-    def wider(layer: LayerCache) -> LayerCache:
+    def wider(layer: LayerCache, capacity: int) -> LayerCache:
         extra = capacity - layer.capacity
-        return LayerCache(
+        return replace(
+            layer,
             keys=jnp.pad(layer.keys, ((0, 0), (0, 0), (0, extra), (0, 0))),
             values=jnp.pad(layer.values, ((0, 0), (0, 0), (0, 0), (0, extra))),
             positions=jnp.pad(layer.positions, ((0, 0), (0, extra))),
-            lengths=layer.lengths,
+            bias=None if layer.bias is None else jnp.pad(layer.bias, ((0, 0), (0, extra))),
         )
 
-    return tuple(wider(layer) for layer in cache)
+    return tuple(wider(layer, capacity) for layer, capacity in zip(cache, capacities, strict=True))

@@ -7,7 +7,7 @@ import typer
 
 from qs_jax.console import print_json, reporting_errors
 from qs_jax.errors import GenerationError
-from qs_jax.generation_config import GenerationConfig, Policy
+from qs_jax.generation_config import GenerationConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -22,7 +22,7 @@ DEFAULTS = GenerationConfig()
 ModelArgument = Annotated[str, typer.Argument(help="Converted folder, Hugging Face folder, or hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
-PolicyOption = Annotated[Policy, typer.Option("--policy", help="Which mechanisms are on: off.")]
+PolicyOption = Annotated[str, typer.Option("--policy", help="Mechanisms: off, paper, balanced, or a policy file.")]
 Bits = Annotated[int | None, typer.Option(help="8, 4 or 2: precision of Matryoshka weights for every token.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check a converted folder against its checksums.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -45,7 +45,7 @@ def _commands() -> None:
 def generate(
     model: ModelArgument,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for a batch; - reads stdin.")],
-    policy: PolicyOption = DEFAULTS.policy,
+    policy: PolicyOption = "off",
     bits: Bits = DEFAULTS.bits,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to produce.")] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
@@ -99,7 +99,7 @@ def generate(
 )
 def bench(
     model: ModelArgument,
-    policy: PolicyOption = DEFAULTS.policy,
+    policy: PolicyOption = "off",
     bits: Bits = DEFAULTS.bits,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompts.")] = 128,
@@ -155,7 +155,7 @@ def _print_generation(loaded: Any, prompts: list[Any], settings: dict[str, Any],
                 "finish_reasons": output.finish_reasons,
                 "logprobs": output.logprobs,
                 "seeds": output.seeds,
-                "layers_run": output.trace["layers_run"],
+                **output.trace,
                 "ledger": output.ledger,
                 "timing": output.timing,
             }

@@ -19,3 +19,7 @@ class TokenizerError(QsJaxError):
 
 class GenerationError(QsJaxError, ValueError):
     """A generation request that cannot be served: empty or over-long prompt, settings out of range."""
+
+
+class PolicyError(GenerationError):
+    """A policy that cannot be: an unknown field, a value out of range, or a mechanism the model has no means for."""

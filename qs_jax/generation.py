@@ -5,9 +5,12 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
+from qs_jax.adaptive.precision import FULL
+from qs_jax.engine.decode import Chosen
 from qs_jax.engine.session import Request, Session
 from qs_jax.engine.stopping import Detokenizer, ends_with_stop
 from qs_jax.errors import GenerationError
@@ -32,8 +35,10 @@ class GenerateOutput:
     `tokens` holds only new tokens, the end-of-text id included where one was produced; `sequences` is the same as one
     rectangle, padded on the right. `logprobs` are natural log-probabilities of the tokens under the model's own
     distribution, before temperature or penalties. `texts` is the new text. `seeds` repeats the call.
-    `trace["layers_run"]` says, per row and token, how many layers ran for it. Times in `timing` are seconds of wall
-    clock; `compile_s` is included in the phase in which it happened.
+    `trace` says what was spent on each token: `layers_run`, `bits` (mean over those layers) and `signal` (at the last
+    decision to halt) per row and new token, of the pass that chose it; `prompt_layers_run`, `prompt_fused_with` (index
+    of the prompt token it went on in, or -1) and `prompt_signal` per prompt and token. Times in `timing` are seconds
+    of wall clock; `compile_s` is included in the phase in which it happened.
     """
 
     texts: list[str]
@@ -65,6 +70,9 @@ class _Row:
     detokenizer: Detokenizer | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    layers_run: list[int] = field(default_factory=list)
+    bits_read: list[int] = field(default_factory=list)
+    signal: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
 
@@ -72,7 +80,7 @@ class _Generation:
     """One request on its way through a session: rows grow, end, and become output."""
 
     def __init__(self, model: Model, config: GenerationConfig, request: Request, *, streaming: bool):
-        self.session = Session(network_at(model, config.bits), request)
+        self.session = Session(network_at(model, config.bits), request, bits=config.bits or FULL)
         self.request = request
         self.stop_strings = config.stop_strings
         self.pad_token_id = _pad_token_id(model, config)
@@ -85,11 +93,10 @@ class _Generation:
         for chosen in self.session.chunks():
             for index, row in enumerate(self.rows):
                 if row.finish_reason is None:
-                    emitted = chosen.emitted[:, index]
-                    new = chosen.tokens[emitted, index].tolist()
-                    yield self._extend(index, row, new, chosen.logprobs[emitted, index].tolist())
+                    yield self._extend(index, row, _of_row(chosen, index))
 
-    def _extend(self, index: int, row: _Row, tokens: list[int], logprobs: list[float]) -> StreamPiece:
+    def _extend(self, index: int, row: _Row, chosen: Chosen) -> StreamPiece:
+        tokens: list[int] = chosen.tokens.tolist()
         text, used = "", 0
         for token in tokens:
             used += 1
@@ -100,7 +107,8 @@ class _Generation:
                 self.session.finish(index)
                 break
         row.tokens += tokens[:used]
-        row.logprobs += logprobs[:used]
+        for name in ("logprobs", "layers_run", "bits_read", "signal"):
+            getattr(row, name).extend(getattr(chosen, name)[:used].tolist())
         if row.finish_reason and row.detokenizer and self.watching:
             text += row.detokenizer.flush()
         return StreamPiece(index, text, tokens[:used], row.finish_reason)
@@ -114,7 +122,6 @@ class _Generation:
 
     def output(self, elapsed: float) -> GenerateOutput:
         lengths = [len(row.tokens) for row in self.rows]
-        layers = self.session.model.config.num_hidden_layers
         decode_s = self.session.decode_seconds
         return GenerateOutput(
             texts=[self._text(row) for row in self.rows],
@@ -124,7 +131,7 @@ class _Generation:
             finish_reasons=[row.finish_reason or "length" for row in self.rows],
             logprobs=[row.logprobs for row in self.rows],
             seeds=[seed for seed, _ in self.request.seeds],
-            trace={"layers_run": [[layers] * length for length in lengths]},
+            trace=self._trace(),
             ledger=self.session.ledger.to_json(),
             timing={
                 "total_s": elapsed,
@@ -136,6 +143,19 @@ class _Generation:
             },
         )
 
+    def _trace(self) -> dict[str, Any]:
+        assert self.session.prefilled is not None
+        prompt = self.session.prefilled.trace
+        adapts, constant = self.request.policy.structure.adapts_bits, self.session.ledger.to_json()["bits_mean"]
+        return {
+            "layers_run": [row.layers_run for row in self.rows],
+            "bits": [_mean_bits(row, constant, adapts=adapts) for row in self.rows],
+            "signal": [row.signal for row in self.rows],
+            "prompt_layers_run": [layers.tolist() for layers in prompt.layers_run],
+            "prompt_fused_with": [tokens.tolist() for tokens in prompt.fused_with],
+            "prompt_signal": [values.tolist() for values in prompt.signal],
+        }
+
     def _text(self, row: _Row) -> str:
         if row.detokenizer is None:
             return ""
@@ -144,6 +164,18 @@ class _Generation:
                 row.detokenizer.push(token)
             row.detokenizer.flush()
         return row.detokenizer.text
+
+
+def _of_row(chosen: Chosen, index: int) -> Chosen:
+    """What a row emitted in a chunk."""
+    emitted = chosen.emitted[:, index]
+    return jax.tree.map(lambda leaf: leaf[emitted, index], chosen)
+
+
+def _mean_bits(row: _Row, constant: float, *, adapts: bool) -> list[float]:
+    """Precision per token, averaged over the layers it ran; the prefill's token is read at the constant one."""
+    spent = zip(row.bits_read, row.layers_run, strict=True)
+    return [read / ran if adapts and read else constant for read, ran in spent]
 
 
 def generate(model: Model, prompts: Prompt | Sequence[Prompt], **settings: Any) -> GenerateOutput:

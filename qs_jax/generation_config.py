@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any
 
+from qs_jax.adaptive.policy import Policy
 from qs_jax.errors import GenerationError
-
-Policy = Literal["off"]
 
 PRECISIONS = (8, 4, 2)
 """Bits at which Matryoshka weights can be read."""
@@ -18,7 +18,8 @@ class GenerationConfig:
     """How to generate; names and meanings are Hugging Face's.
 
     Attributes:
-        policy: which mechanisms are on; "off" is the dense model.
+        policy: which mechanisms are on: a `Policy`, the name of one (`off` is the dense model, `paper`, `balanced`), or
+            a file that `Policy.save` or `qs-jax calibrate` wrote.
         bits: 8, 4 or 2, the precision at which every token reads Matryoshka weights; None for all their bits.
         max_new_tokens: most tokens to produce per row.
         do_sample: draw from the distribution instead of taking the most likely token.
@@ -35,7 +36,7 @@ class GenerationConfig:
             equal prompts with equal seeds give equal text. None draws one and reports it in `GenerateOutput.seeds`.
     """
 
-    policy: Policy = "off"
+    policy: Policy | str | Path = "off"
     bits: int | None = None
     max_new_tokens: int = 128
     do_sample: bool = False
@@ -62,7 +63,7 @@ class GenerationConfig:
         return cls(**{**settings, "stop_strings": tuple(settings.get("stop_strings") or ())})
 
     def __post_init__(self) -> None:
-        self._require("policy", self.policy in get_args(Policy), "one of " + ", ".join(get_args(Policy)))
+        object.__setattr__(self, "policy", Policy.of(self.policy))
         self._require("bits", self.bits in (None, *PRECISIONS), "one of " + ", ".join(map(str, PRECISIONS)))
         self._require("max_new_tokens", is_integer(self.max_new_tokens, 1), "a whole number from 1")
         self._require("num_return_sequences", is_integer(self.num_return_sequences, 1), "a whole number from 1")

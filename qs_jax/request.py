@@ -6,11 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qs_jax.adaptive.binding import BoundPolicy, bind
+from qs_jax.adaptive.policy import Policy
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
 from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.generation_config import GenerationConfig, is_integer
 from qs_jax.loading import Model
+from qs_jax.matryoshka.linear import has_planes
 from qs_jax.tokenizer import Message
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -52,7 +55,20 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: Generation
         ),
         plan=SamplingPlan(config.do_sample, penalise=config.repetition_penalty != 1.0),
         chunk_size=chunk_size,
+        policy=bind_policy(model, Policy.of(config.policy)),
     )
+
+
+def bind_policy(model: Model, policy: Policy) -> BoundPolicy:
+    """Fit a policy to a model: its depth, its special tokens, and whether it has Matryoshka weights.
+
+    Raises:
+        PolicyError: the policy asks for what the model does not have.
+    """
+    config, ids = model.config, model.tokenizer.special_ids if model.tokenizer else []
+    own = (*config.eos_token_ids, config.bos_token_id, config.pad_token_id)
+    special = {*ids, *(token for token in own if token is not None)}
+    return bind(policy, config, planes=has_planes(model.network), special_ids=sorted(special))
 
 
 def _as_batch(prompts: Any) -> list[Any]:

@@ -51,6 +51,11 @@ class Tokenizer:
         return len(self._backend)
 
     @property
+    def special_ids(self) -> list[int]:
+        """Ids of the special tokens: end of text, padding and the like."""
+        return list(self._backend.all_special_ids)
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(getattr(self._backend, "chat_template", None))
 

@@ -2,80 +2,289 @@
 
 Work is counted as executed, padding and empty slots of a bucket included, since that is what the machine pays for.
 One multiply-add is two FLOPs; norms, activations and softmax are left out (under 2 % on real shapes; a test holds
-the count against XLA's own cost analysis).
+the count against XLA's own cost analysis). What the controller does besides (probes, drifts, entropies, similarities)
+is counted in full, in `flops` and apart in `probe_flops`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from qs_jax.matryoshka.linear import is_nested, weights
-from qs_jax.models.base import CausalLM
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from qs_jax.adaptive.binding import Structure
+from qs_jax.adaptive.policy import BITS
+from qs_jax.adaptive.precision import FULL
+from qs_jax.matryoshka.linear import has_planes, plane_bytes, weights
+from qs_jax.models.base import Block, CausalLM
+
+_SIGNAL_FLOPS = 8
+"""Per hidden channel and decision: two norms and a difference, or a cosine."""
+_ENTROPY_FLOPS = 6
+"""Per vocabulary entry: shift, exponential, two products and sums."""
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """One block: FLOPs per token and bytes per pass, whole and for keys and values alone; bytes by precision."""
+
+    flops: int
+    kv_flops: int
+    bytes: Mapping[int, int]
+    kv_bytes: Mapping[int, int]
+
+    @classmethod
+    def of(cls, block: Block) -> "LayerCosts":
+        parts = (block.k, block.v)
+        return cls(
+            flops=_flops(block),
+            kv_flops=sum(map(_flops, parts)),
+            bytes={bits: plane_bytes(block, bits) for bits in BITS},
+            kv_bytes={bits: sum(plane_bytes(part, bits) for part in parts) for bits in BITS},
+        )
 
 
 @dataclass(frozen=True)
 class Costs:
     """Constants of a model, from the shapes of its weights."""
 
-    layers: int
-    block_flops_per_token: int
+    layers: tuple[LayerCosts, ...]
     attention_flops_per_slot: int
+    hidden_size: int
+    vocab_size: int
     head_flops: int
-    block_bytes: int
     head_bytes: int
+    slot_bytes: int
     weight_bits: int
+    planes: bool
 
     @classmethod
     def of(cls, model: CausalLM) -> "Costs":
-        config, block, head = model.config, model.blocks[0], model.head_kernel
+        config, head = model.config, model.head_kernel
+        itemsize = model.embedding.table.dtype.itemsize
         return cls(
-            layers=config.num_hidden_layers,
-            block_flops_per_token=sum(2 * leaf.size for leaf in weights(block) if leaf.ndim == 2),
+            layers=tuple(LayerCosts.of(block) for block in model.blocks),
             attention_flops_per_slot=4 * config.num_attention_heads * config.head_dim,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
             head_flops=2 * head.size,
-            block_bytes=sum(leaf.nbytes for leaf in weights(block)),
             head_bytes=head.nbytes,
-            weight_bits=min((w.bits for w in weights(block) if is_nested(w)), default=8 * head.dtype.itemsize),
+            slot_bytes=2 * config.num_key_value_heads * config.head_dim * itemsize,
+            weight_bits=8 * itemsize,
+            planes=has_planes(model),
         )
+
+    def step_bytes(self, bits: int = FULL) -> int:
+        """Bytes of weights that a decode step through all layers reads at one precision."""
+        return sum(layer.bytes[bits] for layer in self.layers) + self.head_bytes
+
+    def lens_flops(self, shortlist: int) -> int:
+        """The entropy of one token's intermediate logits."""
+        return (2 * self.hidden_size + _ENTROPY_FLOPS) * (shortlist or self.vocab_size)
+
+    def lens_bytes(self, shortlist: int) -> int:
+        return self.head_bytes * (shortlist or self.vocab_size) // self.vocab_size
+
+
+class StagePass(NamedTuple):
+    """One stage as it was run: `tokens` and `resting` places per row (padding included), `slots` of cache looked at."""
+
+    start: int
+    stop: int
+    rows: int
+    tokens: int
+    resting: int
+    slots: int
+
+
+class Work(NamedTuple):
+    """What each segment really cost: rows that were run through it (of the whole batch or of a gathered part), at which
+    of 2, 4 and 8 bits they and the resting rows read weights, and on how many rows the probe behind it was taken."""
+
+    rows_run: Int[Array, "*segments"]
+    run_bits: Bool[Array, "*segments precisions"]
+    rest_bits: Bool[Array, "*segments precisions"]
+    rows_probed: Int[Array, "*segments"]
 
 
 @dataclass
-class Ledger:
-    """Totals of one request."""
+class Tally:
+    """FLOPs and bytes of weights, growing."""
 
-    costs: Costs
     flops: int = 0
     weight_bytes: int = 0
     kv_slots: int = 0
 
-    def add_pass(self, *, rows: int, tokens: int, slots: int, logit_rows: int, times: int = 1) -> None:
-        """Count `times` passes of `tokens` tokens per row through all layers.
+
+@dataclass
+class Ledger:
+    """Totals of one request, beside its dense twin's: the same prompts and steps with every mechanism off.
+
+    `bits` is the precision that rows read where no policy chooses it; the twin reads all bits there are.
+    """
+
+    costs: Costs
+    structure: Structure
+    bits: int = FULL
+    run: Tally = field(default_factory=Tally)
+    twin: Tally = field(default_factory=Tally)
+    probe_flops: int = 0
+    prompt_tokens: int = 0
+    prompt_layers: int = 0
+    decode_tokens: int = 0
+    decode_layers: int = 0
+    decode_bits: int = 0
+
+    def add_prefill(self, passes: Sequence[StagePass], twin: Iterable[tuple[int, int]], rows: int) -> None:
+        """Count a prefill.
 
         Args:
+            passes: what was run.
+            twin: (tokens per row, slots of cache looked at) of every piece of the dense prefill.
             rows: rows of the batch.
-            tokens: tokens per row, padding included.
-            slots: cached slots each token's attention looks at, beside the pass's own tokens.
-            logit_rows: rows whose logits are computed, over the whole batch.
         """
-        costs = self.costs
-        per_token = costs.block_flops_per_token + costs.attention_flops_per_slot * (slots + tokens)
-        self.flops += times * (costs.layers * rows * tokens * per_token + logit_rows * costs.head_flops)
-        self.weight_bytes += times * (costs.layers * costs.block_bytes + costs.head_bytes)
+        depth, costs = len(self.costs.layers), self.costs
+        for part in passes:
+            flops, read = self._stage(part)
+            heads = part.stop == depth
+            self.run.flops += flops + heads * rows * costs.head_flops
+            self.run.weight_bytes += read + heads * costs.head_bytes
+            self._count_verdict(part)
+        for tokens, slots in twin:
+            attention = depth * costs.attention_flops_per_slot * (slots + tokens)
+            per_token = sum(layer.flops for layer in costs.layers) + attention
+            self.twin.flops += rows * (tokens * per_token + costs.head_flops)
+            self.twin.weight_bytes += costs.step_bytes()
 
-    def add_writes(self, tokens: int) -> None:
-        """Count the cache slots that `tokens` tokens fill, one in every layer."""
-        self.kv_slots += self.costs.layers * tokens
+    def _stage(self, part: StagePass) -> tuple[int, int]:
+        flops, read = 0, 0
+        shallow = self.structure.kv_rule == "shallow"
+        seen = part.slots + part.tokens + part.resting
+        for layer in self.costs.layers[part.start : part.stop]:
+            whole = layer.flops + self.costs.attention_flops_per_slot * seen
+            flops += part.rows * (part.tokens * whole + part.resting * (whole if shallow else layer.kv_flops))
+            read += layer.bytes[self.bits]
+            read += layer.bytes[self.structure.shallow_bits] if shallow and part.resting else 0
+        return flops, read
+
+    def _count_verdict(self, part: StagePass) -> None:
+        structure, places = self.structure, part.rows * part.tokens
+        halting, fusion = structure.prompt, structure.fusion
+        if halting and part.stop in halting.layers:
+            self._probe(places * self._signal_flops(halting.signal))
+            if halting.probes:
+                self._lens(places)
+        if fusion and part.stop in fusion.layers:
+            self._probe(places * _SIGNAL_FLOPS * self.costs.hidden_size)
+
+    def _signal_flops(self, signal: str) -> int:
+        free = ("entropy", "previous_entropy", "random")
+        return 0 if signal in free else _SIGNAL_FLOPS * self.costs.hidden_size
+
+    def _probe(self, flops: int) -> None:
+        self.run.flops += flops
+        self.probe_flops += flops
+
+    def _lens(self, tokens: int) -> None:
+        self._probe(tokens * self.costs.lens_flops(self.structure.shortlist))
+        self.run.weight_bytes += self.costs.lens_bytes(self.structure.shortlist)
+
+    def add_decode(self, work: Work, steps: int, rows: int, slots: Sequence[int], twin_slots: int) -> None:
+        """Count a chunk of decode steps.
+
+        Args:
+            work: what was run.
+            steps: how many of its steps had a live row; the others ran nothing.
+            rows: rows of the batch.
+            slots: capacity of each layer's cache, all of which attention looks at.
+            twin_slots: the same for the dense twin, equal in all layers.
+        """
+        costs, structure = self.costs, self.structure
+        for step in range(steps):
+            for index, (start, stop) in enumerate(structure.segments):
+                self._segment(work, step, index, rows, range(start, stop), slots)
+                if structure.decode and stop in structure.decode.layers:
+                    self._probe(rows * self._signal_flops(structure.decode.signal))
+                if work.rows_probed[step, index]:
+                    self._lens(int(work.rows_probed[step, index]))
+        if structure.needs_output_entropy:
+            self._probe(steps * rows * _ENTROPY_FLOPS * costs.vocab_size)
+        self.run.flops += steps * rows * costs.head_flops
+        self.run.weight_bytes += steps * costs.head_bytes
+        per_row = sum(layer.flops for layer in costs.layers) + costs.head_flops
+        per_row += len(costs.layers) * costs.attention_flops_per_slot * (twin_slots + 1)
+        self.twin.flops += steps * rows * per_row
+        self.twin.weight_bytes += steps * costs.step_bytes()
+
+    def _segment(
+        self, work: Work, step: int, index: int, rows: int, layers: Iterable[int], slots: Sequence[int]
+    ) -> None:
+        ran = int(work.rows_run[step, index])
+        rests = ran < rows and self.structure.kv_rule == "frozen"
+        for number in layers:
+            layer = self.costs.layers[number]
+            whole = layer.flops + self.costs.attention_flops_per_slot * (slots[number] + 1)
+            self.run.flops += ran * whole + rests * rows * layer.kv_flops
+            if ran:
+                self.run.weight_bytes += self._read(layer.bytes, number, work.run_bits[step, index])
+            if rests:
+                self.run.weight_bytes += self._read(layer.kv_bytes, number, work.rest_bits[step, index])
+
+    def _read(self, by_bits: Mapping[int, int], number: int, in_use: Bool[Array, " precisions"]) -> int:
+        """Bytes of a layer's weights: once for every precision that some row asked for."""
+        precision = self.structure.precision
+        shallow = self.structure.decode is not None and self.structure.kv_rule == "shallow"
+        if not shallow and (precision is None or not precision.adapts(number)):
+            return by_bits[self.bits]
+        return sum(by_bits[bits] for bits, used in zip(BITS, in_use, strict=True) if used)
+
+    def add_tokens(self, *, prompt: bool, layers: int, bits: int, tokens: int, slots: int) -> None:
+        """Count tokens by what they got: layers run and bits read, summed over all, and cache slots they filled."""
+        depth = len(self.costs.layers)
+        if prompt:
+            self.prompt_tokens, self.prompt_layers = self.prompt_tokens + tokens, self.prompt_layers + layers
+        else:
+            self.decode_tokens, self.decode_layers = self.decode_tokens + tokens, self.decode_layers + layers
+            self.decode_bits += bits
+        self.run.kv_slots += slots
+        self.twin.kv_slots += depth * tokens
 
     def to_json(self) -> dict[str, float]:
-        """The ledger beside its dense twin; for the dense engine the two are the same."""
+        """The ledger beside its dense twin. Reductions are fractions of the twin; `bits_mean` is over generated tokens
+        and layers, `layers_run_mean` over all tokens, the prompt's included."""
+        costs, run, twin = self.costs, self.run, self.twin
+        depth, tokens = len(costs.layers), self.prompt_tokens + self.decode_tokens
+        layers = self.prompt_layers + self.decode_layers
         return {
-            "flops": self.flops,
-            "flops_off": self.flops,
-            "flops_reduction": 0.0,
-            "weight_bytes": self.weight_bytes,
-            "weight_bytes_off": self.weight_bytes,
-            "bytes_reduction": 0.0,
-            "kv_slots": self.kv_slots,
-            "kv_slots_off": self.kv_slots,
-            "probe_flops": 0,
-            "layers_run_mean": float(self.costs.layers),
-            "bits_mean": float(self.costs.weight_bits),
+            "flops": run.flops,
+            "flops_off": twin.flops,
+            "flops_reduction": _reduction(run.flops, twin.flops),
+            "weight_bytes": run.weight_bytes,
+            "weight_bytes_off": twin.weight_bytes,
+            "bytes_reduction": _reduction(run.weight_bytes, twin.weight_bytes),
+            "kv_slots": run.kv_slots,
+            "kv_slots_off": twin.kv_slots,
+            "kv_bytes": run.kv_slots * costs.slot_bytes,
+            "kv_bytes_off": twin.kv_slots * costs.slot_bytes,
+            "probe_flops": self.probe_flops,
+            "layers_run_mean": layers / tokens if tokens else float(depth),
+            "prompt_layers_run_mean": self.prompt_layers / self.prompt_tokens if self.prompt_tokens else float(depth),
+            "decode_layers_run_mean": self.decode_layers / self.decode_tokens if self.decode_tokens else float(depth),
+            "bits_mean": self._bits_mean(),
         }
+
+    def _bits_mean(self) -> float:
+        if not self.costs.planes:
+            return float(self.costs.weight_bits)
+        adapts = self.structure.adapts_bits and self.decode_layers
+        return self.decode_bits / self.decode_layers if adapts else float(self.bits)
+
+
+def _reduction(run: int, twin: int) -> float:
+    return 1.0 - run / twin if twin else 0.0
+
+
+def _flops(module: nnx.Module) -> int:
+    """FLOPs per token of all products in a module."""
+    return sum(2 * kernel.size for kernel in weights(module) if kernel.ndim == 2)

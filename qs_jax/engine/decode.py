@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qs_jax.cache import Cache, append, segment
+from qs_jax.adaptive.binding import Structure, Thresholds
+from qs_jax.adaptive.halting import is_special
+from qs_jax.adaptive.signals import entropy_bits
+from qs_jax.cache import Cache, append
+from qs_jax.engine.descent import Context, Work, Written, descend
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings, next_tokens
 from qs_jax.engine.stopping import is_eos
-from qs_jax.models.base import CausalLM, Heads
+from qs_jax.models.base import CausalLM
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +25,8 @@ class DecodeState:
 
     `tokens` are chosen but not yet run: a step runs them at `positions`, writes their keys and values, and
     chooses the next. `remaining` counts the tokens a row may still produce; a row that is `done` writes nothing.
-    `seen` has zero width when no repetition penalty is in force.
+    `seen` has zero width when no repetition penalty is in force. `entropy` is that of the distribution the pending
+    token was chosen from, in bits; zero where no policy asks for it.
     """
 
     tokens: Int[Array, " batch"]
@@ -31,24 +36,62 @@ class DecodeState:
     remaining: Int[Array, " batch"]
     keys: Key[Array, " batch"]
     seen: Bool[Array, "batch seen_vocab"]
+    entropy: Float[Array, " batch"]
+
+
+class Controls(NamedTuple):
+    """The traced half of what a request asks of every step: numbers that may change without compiling."""
+
+    settings: SamplingSettings
+    eos: Int[Array, " slots"]
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static half: what the compiled steps contain."""
+
+    sampling: SamplingPlan
+    structure: Structure
+    keep_logits: bool = False
 
 
 class Chosen(NamedTuple):
     """Tokens chosen at one step (or, stacked, at each step of a chunk) and what is reported of them.
 
     `logprobs` are natural logarithms under the model's unprocessed distribution. `emitted` is false where the row
-    had already ended, and the other fields are meaningless there.
+    had already ended, and the other fields are meaningless there. `layers_run`, `bits_read` (summed over those
+    layers) and `signal` (at the last decision to halt or not) tell of the pass that chose the token. `logits` has zero
+    width unless the program keeps them.
     """
 
     tokens: Int[Array, "*steps batch"]
     logprobs: Float[Array, "*steps batch"]
     emitted: Bool[Array, "*steps batch"]
+    layers_run: Int[Array, "*steps batch"]
+    bits_read: Int[Array, "*steps batch"]
+    signal: Float[Array, "*steps batch"]
+    logits: Float[Array, "*steps batch kept_vocab"]
 
 
-Written = tuple[tuple[Heads, Heads], ...]
+class Chunk(NamedTuple):
+    """What a chunk of steps did. `filled` is, per layer, the longest row of the cache after it."""
+
+    chosen: Chosen
+    work: Work
+    filled: Int[Array, " layers"]
 
 
-@partial(jax.jit, static_argnames="plan", donate_argnames="cache")
+class _Thought(NamedTuple):
+    """All that a step finds out by reading; what it changes follows from it."""
+
+    chosen: Chosen
+    entropy: Float[Array, " batch"]
+    written: tuple[Written, ...]
+    work: Work
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def begin(
     logits: Float[Array, "batch vocab"],
     cache: Cache,
@@ -56,95 +99,115 @@ def begin(
     remaining: Int[Array, " batch"],
     keys: Key[Array, " batch"],
     seen: Bool[Array, "batch seen_vocab"],
-    settings: SamplingSettings,
-    eos: Int[Array, " slots"],
+    forced: Int[Array, " batch"],
+    controls: Controls,
     *,
-    plan: SamplingPlan,
+    program: Program,
 ) -> tuple[DecodeState, Chosen]:
     """The state after the prompts: the first token of every row is chosen from the prefill's logits."""
     idle = jnp.zeros_like(lengths)
-    state = DecodeState(idle, lengths - 1, cache, remaining <= 0, remaining, keys, seen)
-    tokens, logprobs = _choose(logits, state, settings, plan)
-    return _advance(state, tokens, logprobs, eos)
+    entropy = jnp.zeros(lengths.shape, jnp.float32)
+    state = DecodeState(idle, lengths - 1, cache, remaining <= 0, remaining, keys, seen, entropy)
+    depth = jnp.full_like(lengths, program.structure.num_layers)
+    chosen = _choose(logits, state, forced, controls, program)._replace(layers_run=depth)
+    return _advance(state, chosen, _output_entropy(logits, program.structure), controls.eos)
 
 
 def decode_step(
-    model: CausalLM, state: DecodeState, settings: SamplingSettings, eos: Int[Array, " slots"], plan: SamplingPlan
+    model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls, program: Program
 ) -> tuple[DecodeState, Chosen]:
-    """Run each row's pending token through every layer and choose the one after it. Holds no conditional."""
-    tokens, logprobs, written = _think(model, state, settings, plan)
-    return _commit(state, tokens, logprobs, written, eos)
+    """Run each row's pending token through the layers and choose the one after it.
+
+    With every mechanism off it holds no conditional.
+    """
+    return _commit(state, _think(model, state, forced, controls, program), controls.eos)
 
 
-@partial(jax.jit, static_argnames=("plan", "steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames="program", donate_argnames="state")
 def decode_chunk(
     model: CausalLM,
     state: DecodeState,
-    settings: SamplingSettings,
-    eos: Int[Array, " slots"],
+    forced: Int[Array, "steps batch"],
+    controls: Controls,
     *,
-    plan: SamplingPlan,
-    steps: int,
-) -> tuple[DecodeState, Chosen]:
-    """`steps` decode steps; once every row is done the remaining ones run no layer."""
+    program: Program,
+) -> tuple[DecodeState, Chunk]:
+    """As many decode steps as `forced` has rows; once every row is done the remaining ones run no layer.
 
-    def body(state: DecodeState, _: None) -> tuple[DecodeState, Chosen]:
-        think = partial(_think, settings=settings, plan=plan)
-        tokens, logprobs, written = jax.lax.cond(state.done.all(), partial(_idle, think), think, model, state)
-        return _commit(state, tokens, logprobs, written, eos)
+    A forced token that is not negative takes the place of the chosen one, and its log-probability is reported: text
+    is scored by the very program that generates it.
+    """
 
-    return jax.lax.scan(body, state, length=steps)
+    def body(state: DecodeState, forced: Int[Array, " batch"]) -> tuple[DecodeState, tuple[Chosen, Work]]:
+        think = partial(_think, controls=controls, program=program)
+        thought = jax.lax.cond(state.done.all(), partial(_idle, think), think, model, state, forced)
+        state, chosen = _commit(state, thought, controls.eos)
+        return state, (chosen, thought.work)
+
+    state, (chosen, work) = jax.lax.scan(body, state, forced)
+    filled = jnp.stack([layer.lengths.max() for layer in state.cache])
+    return state, Chunk(chosen, work, filled)
 
 
 def _think(
-    model: CausalLM, state: DecodeState, settings: SamplingSettings, plan: SamplingPlan
-) -> tuple[Int[Array, " batch"], Float[Array, " batch"], Written]:
-    """All the reading of a step: next tokens, their log-probabilities, and the keys and values to write.
+    model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls, program: Program
+) -> _Thought:
+    """All the reading of a step: the next tokens, and the keys and values to write.
 
     The cache is read here and written in `_commit`: a conditional that returned it would have to copy it.
     """
-    positions = state.positions[:, None]
-    hidden_states = model.embed(state.tokens[:, None], positions)
-    written = []
-    for block, layer in zip(model.blocks, state.cache, strict=True):
-        hidden_states, k, v = block.run(hidden_states, positions, (segment(layer),))
-        written.append((k, v))
-    tokens, logprobs = _choose(model.head(hidden_states[:, 0]), state, settings, plan)
-    return tokens, logprobs, tuple(written)
+    structure, thresholds = program.structure, controls.thresholds
+    protected = is_special(state.tokens, thresholds.special_ids) | (state.positions < structure.protect_first)
+    context = Context(state.tokens, state.positions[:, None], protected, state.done, state.entropy)
+    rows, written, work = descend(model, state.cache, context, structure, thresholds)
+    logits = model.head(rows.hidden_states[:, 0])
+    chosen = _choose(logits, state, forced, controls, program)
+    chosen = chosen._replace(layers_run=rows.layers_run, bits_read=rows.bits_read, signal=rows.signal)
+    return _Thought(chosen, _output_entropy(logits, structure), written, work)
 
 
-def _idle(think: partial, model: CausalLM, state: DecodeState) -> tuple[Array, Array, Written]:
+def _idle(think: partial, model: CausalLM, state: DecodeState, forced: Int[Array, " batch"]) -> _Thought:
     """What `_think` would return, as zeros."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(think, model, state))
+    shapes = jax.eval_shape(think, model, state, forced)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _choose(
-    logits: Float[Array, "batch vocab"], state: DecodeState, settings: SamplingSettings, plan: SamplingPlan
-) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-    """The next token and its log-probability. Keyed by row and position, never by batch mates or chunk."""
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions) if plan.do_sample else state.keys
-    tokens = next_tokens(logits, state.seen, keys, settings, plan)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _commit(
+    logits: Float[Array, "batch vocab"],
     state: DecodeState,
-    tokens: Int[Array, " batch"],
-    logprobs: Float[Array, " batch"],
-    written: Written,
-    eos: Int[Array, " slots"],
-) -> tuple[DecodeState, Chosen]:
-    positions, writes = state.positions[:, None], ~state.done[:, None]
-    cache = tuple(append(layer, k, v, positions, writes) for layer, (k, v) in zip(state.cache, written, strict=True))
-    return _advance(replace(state, cache=cache), tokens, logprobs, eos)
+    forced: Int[Array, " batch"],
+    controls: Controls,
+    program: Program,
+) -> Chosen:
+    """The next token and its log-probability. Keyed by row and position, never by batch mates or chunk."""
+    plan = program.sampling
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions) if plan.do_sample else state.keys
+    tokens = next_tokens(logits, state.seen, keys, controls.settings, plan)
+    tokens = jnp.where(forced >= 0, forced, tokens)
+    logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    zeros = jnp.zeros_like(tokens)
+    kept = logits if program.keep_logits else logits[:, :0]
+    return Chosen(tokens, logprobs, ~state.done, zeros, zeros, jnp.zeros_like(logprobs), kept)
+
+
+def _output_entropy(logits: Float[Array, "batch vocab"], structure: Structure) -> Float[Array, " batch"]:
+    return entropy_bits(logits) if structure.needs_output_entropy else jnp.zeros(logits.shape[0], jnp.float32)
+
+
+def _commit(state: DecodeState, thought: _Thought, eos: Int[Array, " slots"]) -> tuple[DecodeState, Chosen]:
+    positions = state.positions[:, None]
+    cache = tuple(
+        append(layer, new.k, new.v, positions, new.writes)
+        for layer, new in zip(state.cache, thought.written, strict=True)
+    )
+    return _advance(replace(state, cache=cache), thought.chosen, thought.entropy, eos)
 
 
 def _advance(
-    state: DecodeState, tokens: Int[Array, " batch"], logprobs: Float[Array, " batch"], eos: Int[Array, " slots"]
+    state: DecodeState, chosen: Chosen, entropy: Float[Array, " batch"], eos: Int[Array, " slots"]
 ) -> tuple[DecodeState, Chosen]:
     """Make the chosen tokens the pending ones and see which rows end with them."""
-    live = ~state.done
+    live, tokens = ~state.done, chosen.tokens
     remaining = state.remaining - live.astype(jnp.int32)
     seen = state.seen
     if seen.shape[1]:
@@ -157,5 +220,6 @@ def _advance(
         done=state.done | is_eos(tokens, eos) | (remaining <= 0),
         remaining=remaining,
         seen=seen,
+        entropy=entropy,
     )
-    return state, Chosen(tokens, logprobs, live)
+    return state, chosen._replace(emitted=live)

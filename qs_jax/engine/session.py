@@ -2,31 +2,34 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
+from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.ledger import Costs, Ledger
-from qs_jax.cache import bucket, grow
+from qs_jax.cache import bucket
 from qs_jax.engine.compilation import METER
-from qs_jax.engine.decode import Chosen, DecodeState, begin, decode_chunk
-from qs_jax.engine.prefill import prefill
+from qs_jax.engine.decode import Chosen, Chunk, Controls, DecodeState, Program, begin, decode_chunk
+from qs_jax.engine.prefill import PIECE, SMALLEST_PIECE, Prefilled, first_capacity, grow_jit, prefill
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
 from qs_jax.engine.stopping import eos_array
 from qs_jax.models.base import CausalLM
 
-_FIRST_CAPACITY = 256
-"""Slots a cache starts with if the request could need more; it doubles as the text grows."""
+_FEWEST_ROWS_TO_SHRINK = 4
+_CHUNKS_WORTH_SHRINKING = 2
 
 
 @dataclass(frozen=True)
 class Request:
     """Token ids in, and all that decides what comes out. One row per prompt and returned sequence.
 
-    `copies` is the number of sequences per prompt; `seeds` has one (seed, sequence) pair per row.
+    `copies` is the number of sequences per prompt; `seeds` has one (seed, sequence) pair per row. `forced`, if given,
+    has for every row the tokens to score in place of free choice, `max_new_tokens` of them; `keep_logits` hands out the
+    logits of every step as well.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -37,21 +40,47 @@ class Request:
     settings: SamplingSettings
     plan: SamplingPlan
     chunk_size: int
+    policy: BoundPolicy
+    forced: Sequence[Sequence[int]] | None = None
+    keep_logits: bool = False
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompts) * self.copies
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+
+@dataclass
+class _Batch:
+    """The rows that the device holds, which may be fewer than were asked for: `rows[i]` is the request's number of row
+    i, `slots` how many slots each layer's longest row has filled."""
+
+    rows: Int[np.ndarray, " batch"]
+    done: Bool[np.ndarray, " batch"]
+    slots: list[int] = field(default_factory=list)
 
 
 class Session:
     """Runs a request. Iterate `chunks()`; call `finish(row)` between chunks to end a row early."""
 
-    def __init__(self, model: CausalLM, request: Request):
+    def __init__(self, model: CausalLM, request: Request, *, bits: int = 8):
         self.model = model
         self.request = request
-        self.ledger = Ledger(Costs.of(model))
+        self.structure = request.policy.structure
+        self.ledger = Ledger(Costs.of(model), self.structure, bits)
+        self.prefilled: Prefilled | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.decode_steps = 0
-        self._written = 0
+        self._twin_capacity = 0
         self._compiled_before = METER.reading()
         self._finished: set[int] = set()
+        self._controls = Controls(request.settings, eos_array(request.eos_token_ids), request.policy.thresholds)
+        self._program = Program(request.plan, self.structure, request.keep_logits)
 
     @property
     def compile_seconds(self) -> float:
@@ -62,49 +91,44 @@ class Session:
         self._finished.add(row)
 
     def chunks(self) -> Iterator[Chosen]:
-        """What was chosen, as host arrays (steps, batch); the first chunk is the prefill's single step."""
-        request, eos = self.request, eos_array(self.request.eos_token_ids)
+        """What was chosen, as host arrays (steps, rows); the first chunk is the prefill's single step."""
         started = time.perf_counter()
-        state, first = self._prefill(eos)
+        state, first = self._begin()
         chosen, done = jax.device_get((first, state.done))
         self.prefill_seconds = time.perf_counter() - started
-        yield Chosen(*(field[None] for field in chosen))
+        batch = _Batch(np.arange(self.request.rows), done, self._prefilled_slots())
+        yield jax.tree.map(lambda leaf: leaf[None], chosen)
         while True:
-            state, done = self._apply_finished(state, done)
-            if done.all():
+            state = self._apply_finished(state, batch)
+            if batch.done.all():
                 return
             started = time.perf_counter()
-            state = self._make_room(state)
-            capacity = state.cache[0].capacity
-            state, chunk = decode_chunk(
-                self.model, state, request.settings, eos, plan=request.plan, steps=request.chunk_size
-            )
-            chosen, done = jax.device_get((chunk, state.done))
+            state = self._make_room(self._shrink(state, batch), batch)
+            capacities = [layer.capacity for layer in state.cache]
+            state, chunk = decode_chunk(self.model, state, self._forced(batch), self._controls, program=self._program)
+            chunk, done = jax.device_get((chunk, state.done))
             self.decode_seconds += time.perf_counter() - started
-            self._count(chosen, capacity)
-            yield chosen
+            self._count(chunk, capacities)
+            batch.done, batch.slots = done, chunk.filled.tolist()
+            yield self._spread(chunk.chosen, batch.rows)
 
-    def _prefill(self, eos: jax.Array) -> tuple[DecodeState, Chosen]:
-        request, vocab_size = self.request, self.model.config.vocab_size
-        longest = max(map(len, request.prompts))
-        total = longest + request.max_new_tokens
-        first_use = min(total, max(_FIRST_CAPACITY, longest + request.chunk_size))
-        capacity = bucket(first_use, self.model.config.max_position_embeddings)
-        prefilled = prefill(self.model, request.prompts, capacity)
-        for width, slots in prefilled.pieces:
-            rows = len(request.prompts)
-            self.ledger.add_pass(rows=rows, tokens=width, slots=slots, logit_rows=rows)
-        self.ledger.add_writes(sum(map(len, request.prompts)))
-        self._written = longest
+    def _begin(self) -> tuple[DecodeState, Chosen]:
+        request = self.request
+        prefilled = prefill(
+            self.model, request.prompts, request.policy, new_tokens=request.max_new_tokens, chunk=request.chunk_size
+        )
+        self.prefilled = prefilled
+        self._count_prefill(prefilled)
         rows = [index for index in range(len(request.prompts)) for _ in range(request.copies)]
         lengths = np.asarray([len(request.prompts[row]) for row in rows], np.int32)
-        seen = np.zeros((len(rows), vocab_size if request.plan.penalise else 0), bool)
+        seen = np.zeros((len(rows), self.model.config.vocab_size if request.plan.penalise else 0), bool)
         if request.plan.penalise:
             for row, prompt in enumerate(rows):
                 seen[row, list(request.prompts[prompt])] = True
         logits, cache = prefilled.logits, prefilled.cache
         if request.copies > 1:
             logits, cache = _take_rows((logits, cache), np.asarray(rows))
+        forced = [tokens[0] for tokens in request.forced] if request.forced else [-1] * len(rows)
         return begin(
             logits,
             cache,
@@ -112,36 +136,98 @@ class Session:
             jnp.full(len(rows), request.max_new_tokens, jnp.int32),
             _row_keys(request.seeds),
             jnp.asarray(seen),
-            request.settings,
-            eos,
-            plan=request.plan,
+            jnp.asarray(forced, jnp.int32),
+            self._controls,
+            program=self._program,
         )
 
-    def _apply_finished(self, state: DecodeState, done: np.ndarray) -> tuple[DecodeState, np.ndarray]:
-        finished = np.isin(np.arange(len(done)), list(self._finished))
-        if (finished & ~done).any():
-            done = done | finished
-            state = replace(state, done=jnp.asarray(done))
-        return state, done
+    def _count_prefill(self, prefilled: Prefilled) -> None:
+        request, limit = self.request, self.model.config.max_position_embeddings
+        self._twin_capacity = first_capacity(request.longest, request.max_new_tokens, request.chunk_size, limit)
+        twin = []
+        for start in range(0, request.longest, PIECE):
+            width = bucket(min(request.longest - start, PIECE), min(PIECE, limit), smallest=SMALLEST_PIECE)
+            twin.append((width, self._twin_capacity if start else 0))
+        self.ledger.add_prefill(prefilled.passes, twin, len(request.prompts))
+        layers = sum(int(row.sum()) for row in prefilled.trace.layers_run)
+        tokens, slots = sum(map(len, request.prompts)), int(prefilled.written.sum())
+        self.ledger.add_tokens(prompt=True, layers=layers, bits=0, tokens=tokens, slots=slots)
 
-    def _make_room(self, state: DecodeState) -> DecodeState:
-        """Double the cache while the next chunk could overflow it; the host checked that the model's limit holds."""
-        longest = max(map(len, self.request.prompts))
-        needed = min(self._written + self.request.chunk_size, longest + self.request.max_new_tokens)
-        if needed <= state.cache[0].capacity:
+    def _prefilled_slots(self) -> list[int]:
+        assert self.prefilled is not None
+        return self.prefilled.written.max(axis=1).tolist()
+
+    def _apply_finished(self, state: DecodeState, batch: _Batch) -> DecodeState:
+        finished = np.isin(batch.rows, list(self._finished))
+        if not (finished & ~batch.done).any():
             return state
-        capacity = bucket(needed, self.model.config.max_position_embeddings)
-        return replace(state, cache=_grow(state.cache, capacity))
+        batch.done = batch.done | finished
+        return replace(state, done=jnp.asarray(batch.done))
 
-    def _count(self, chosen: Chosen, capacity: int) -> None:
+    def _shrink(self, state: DecodeState, batch: _Batch) -> DecodeState:
+        """Go on with half of the rows, or a quarter, … where the others are done and enough is left to do."""
+        left = self.request.max_new_tokens - 1 - self.decode_steps
+        size = len(batch.rows)
+        if size < _FEWEST_ROWS_TO_SHRINK or left < _CHUNKS_WORTH_SHRINKING * self.request.chunk_size:
+            return state
+        live = int((~batch.done).sum())
+        while size // 2 >= live and size >= _FEWEST_ROWS_TO_SHRINK:
+            size //= 2
+        if size == len(batch.rows):
+            return state
+        kept = np.argsort(batch.done, kind="stable")[:size]
+        batch.rows, batch.done = batch.rows[kept], batch.done[kept]
+        return _take_rows(state, kept)
+
+    def _make_room(self, state: DecodeState, batch: _Batch) -> DecodeState:
+        """Grow each layer that the next chunk could overflow; the host checked that the model's limit holds."""
+        request, limit = self.request, self.model.config.max_position_embeddings
+        left = min(request.chunk_size, request.max_new_tokens - 1 - self.decode_steps)
+        capacities = tuple(
+            max(layer.capacity, bucket(filled + left, limit)) if filled + left > layer.capacity else layer.capacity
+            for layer, filled in zip(state.cache, batch.slots, strict=True)
+        )
+        needed = request.longest + self.decode_steps + left
+        if needed > self._twin_capacity:
+            self._twin_capacity = bucket(needed, limit)
+        if all(new == layer.capacity for new, layer in zip(capacities, state.cache, strict=True)):
+            return state
+        return replace(state, cache=grow_jit(state.cache, capacities=capacities))
+
+    def _forced(self, batch: _Batch) -> Int[np.ndarray, "steps batch"]:
+        """The tokens to score in the next chunk; -1 where the model chooses."""
+        forced = np.full((self.request.chunk_size, len(batch.rows)), -1, np.int32)
+        if self.request.forced:
+            first = 1 + self.decode_steps
+            for place, row in enumerate(batch.rows):
+                tokens = self.request.forced[row][first : first + len(forced)]
+                forced[: len(tokens), place] = tokens
+        return forced
+
+    def _spread(self, chosen: Chosen, rows: Int[np.ndarray, " batch"]) -> Chosen:
+        """Columns of the whole request from those of the rows the device holds; the others emitted nothing."""
+        if len(rows) == self.request.rows:
+            return chosen
+
+        def spread(leaf: np.ndarray) -> np.ndarray:
+            whole = np.zeros((leaf.shape[0], self.request.rows, *leaf.shape[2:]), leaf.dtype)
+            whole[:, rows] = leaf
+            return whole
+
+        return jax.tree.map(spread, chosen)
+
+    def _count(self, chunk: Chunk, capacities: Sequence[int]) -> None:
+        chosen = chunk.chosen
         steps, rows = int(chosen.emitted.any(axis=1).sum()), chosen.emitted.shape[1]
-        self._written += steps
         self.decode_steps += steps
-        self.ledger.add_pass(rows=rows, tokens=1, slots=capacity, logit_rows=rows, times=steps)
-        self.ledger.add_writes(int(chosen.emitted.sum()))
+        self.ledger.add_decode(chunk.work, steps, rows, capacities, self._twin_capacity)
+        emitted, depth = chosen.emitted, self.structure.num_layers
+        layers, tokens = int(chosen.layers_run[emitted].sum()), int(emitted.sum())
+        slots = layers if self.structure.kv_rule == "drop" else depth * tokens
+        bits = int(chosen.bits_read[emitted].sum())
+        self.ledger.add_tokens(prompt=False, layers=layers, bits=bits, tokens=tokens, slots=slots)
 
 
-_grow = jax.jit(grow, static_argnums=1)
 _take_rows = jax.jit(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qs_jax.adaptive.ledger import Costs
-from qs_jax.generation import CHUNK, generate, network_at
+from qs_jax.generation import CHUNK, generate
 from qs_jax.loading import Model
 
 _PROBE_MEGABYTES = 256
@@ -60,8 +60,7 @@ def benchmark(
     ceiling = measured_bandwidth()
     outputs = [run() for _ in range(repeats)]
     step = statistics.median(o.timing["decode_s"] / o.timing["decode_steps"] for o in outputs)
-    costs = Costs.of(network_at(model, bits))
-    bandwidth = (costs.layers * costs.block_bytes + costs.head_bytes) / step
+    bandwidth = Costs.of(model.network).step_bytes(bits or 8) / step
     return {
         "tokens_per_second": batch / step,
         "decode_ms_per_step": 1e3 * step,

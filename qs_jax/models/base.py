@@ -1,6 +1,7 @@
 """The Block contract: all that the engine knows of an architecture."""
 
 from abc import abstractmethod
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +14,15 @@ from qs_jax.models.layers import Embedding, Kernel, Linear, project
 Hidden = Float[Array, "batch tokens hidden"]
 Heads = Float[Array, "batch tokens kv_heads head_dim"]
 Positions = Int[Array, "batch tokens"]
+
+
+class LayerOutput(NamedTuple):
+    """The residual stream after a layer, the keys and values it made, and what attention added on the way."""
+
+    hidden_states: Hidden
+    k: Heads
+    v: Heads
+    attention_update: Hidden
 
 
 class Block(nnx.Module):
@@ -53,12 +63,16 @@ class Block(nnx.Module):
         q = self.place(self._split(self.q(self.attention_norm(hidden_states))), positions)
         return self.o(attention(q, view, self.scale))
 
-    def run(self, hidden_states: Hidden, positions: Positions, past: View) -> tuple[Hidden, Heads, Heads]:
-        """The whole layer for new tokens that see `past` and, causally, each other; also their keys and values."""
+    def run(self, hidden_states: Hidden, positions: Positions, past: View) -> LayerOutput:
+        """The whole layer for new tokens that see `past` and, causally, each other."""
         k, v = self.kv(hidden_states, positions)
-        hidden_states += self.attend(hidden_states, positions, (*past, new_segment(k, v)))
-        hidden_states += self.mlp(hidden_states)
-        return hidden_states, k, v
+        update = self.attend(hidden_states, positions, (*past, new_segment(k, v)))
+        return LayerOutput(self.finish(hidden_states, update), k, v, update)
+
+    def finish(self, hidden_states: Hidden, attention_update: Hidden) -> Hidden:
+        """The residual stream after the layer, from that before it and attention's update."""
+        hidden_states += attention_update
+        return hidden_states + self.mlp(hidden_states)
 
     def _split(self, features: Float[Array, "batch tokens features"]) -> Heads:
         return features.reshape(*features.shape[:-1], -1, self.config.head_dim)
@@ -102,5 +116,5 @@ def forward(model: CausalLM, tokens: Int[Array, "batch tokens"]) -> Float[Array,
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden_states = model.embed(tokens, positions)
     for block in model.blocks:
-        hidden_states, _, _ = block.run(hidden_states, positions, ())
+        hidden_states = block.run(hidden_states, positions, ()).hidden_states
     return model.head(hidden_states)

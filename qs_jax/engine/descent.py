@@ -1,0 +1,281 @@
+"""One decode step's way down the layers: rows halt, rest and change precision as the policy says.
+
+Layers run in segments. A segment that no row needs is skipped by a scalar `lax.cond`: its weights are not read. A
+segment that few rows need runs on those rows alone, gathered into a smaller static batch. A row that has halted keeps
+its state; what deeper layers see of it is the K/V rule's business.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.adaptive import signals
+from qs_jax.adaptive.binding import Structure, Thresholds
+from qs_jax.adaptive.halting import halts
+from qs_jax.adaptive.ledger import Work
+from qs_jax.adaptive.precision import FULL, choose_bits, precisions_in_use
+from qs_jax.cache import Cache, LayerCache, segment
+from qs_jax.matryoshka.linear import at_bits
+from qs_jax.models.base import Block, CausalLM, Heads, Hidden
+
+PerRow = Bool[Array, " batch"]
+Bits = Int[Array, " batch"]
+Value = Float[Array, " batch"]
+
+_FEWEST_ROWS_TO_GATHER = 4
+
+
+class Context(NamedTuple):
+    """What the rows carry unchanged through all layers; `previous_entropy` in bits."""
+
+    tokens: Int[Array, " batch"]
+    positions: Int[Array, "batch 1"]
+    protected: PerRow
+    idle: PerRow
+    previous_entropy: Float[Array, " batch"]
+
+
+class Rows(NamedTuple):
+    """The batch on its way down.
+
+    `halted` rows keep their state from here on (under the shallow rule they go on at fewer bits). `bits_read` sums the
+    precision over the layers run. `signal` is what a row showed at its last decision.
+    """
+
+    hidden_states: Float[Array, "batch 1 hidden"]
+    halted: PerRow
+    bits: Int[Array, " batch"]
+    layers_run: Int[Array, " batch"]
+    bits_read: Int[Array, " batch"]
+    signal: Float[Array, " batch"]
+
+
+class Written(NamedTuple):
+    """Keys and values of one layer, and which rows write them."""
+
+    k: Float[Array, "batch 1 kv_heads head_dim"]
+    v: Float[Array, "batch 1 kv_heads head_dim"]
+    writes: Bool[Array, "batch 1"]
+
+
+class Descent(NamedTuple):
+    """The end of the way down."""
+
+    rows: Rows
+    written: tuple[Written, ...]
+    work: Work
+
+
+class _Ran(NamedTuple):
+    """A segment's outcome; the last layer's input and attention update are what signals look at."""
+
+    hidden_states: Hidden
+    last_input: Hidden
+    last_update: Hidden
+    kv: tuple[tuple[Heads, Heads], ...]
+
+
+def descend(model: CausalLM, cache: Cache, context: Context, structure: Structure, thresholds: Thresholds) -> Descent:
+    """Run the pending token of every row through as many layers as it needs.
+
+    The cache is read here and written by the caller: a conditional that returned it would have to copy it.
+    """
+    zeros = jnp.zeros(context.idle.shape, jnp.int32)
+    rows = Rows(
+        hidden_states=model.embed(context.tokens[:, None], context.positions),
+        halted=jnp.zeros_like(context.idle),
+        bits=_first_bits(context, structure, thresholds),
+        layers_run=zeros,
+        bits_read=zeros,
+        signal=zeros.astype(jnp.float32),
+    )
+    written: list[Written] = []
+    work: list[Work] = []
+    for start, stop in structure.segments:
+        rows, ran, new, cost = _segment(model.blocks[start:stop], cache[start:stop], rows, context, structure, start)
+        written += new
+        if stop < structure.num_layers:
+            rows, probed = _decide(model, rows, ran, context, structure, thresholds, stop)
+            cost = cost._replace(rows_probed=probed)
+        work.append(cost)
+    return Descent(rows, tuple(written), jax.tree.map(lambda *parts: jnp.stack(parts), *work))
+
+
+def _first_bits(context: Context, structure: Structure, thresholds: Thresholds) -> Int[Array, " batch"]:
+    """Precision as far as it is known before the first layer."""
+    precision = structure.precision
+    if precision is None or precision.signal == "entropy":
+        return jnp.full(context.idle.shape, FULL, jnp.int32)
+    if precision.signal == "random":
+        value = signals.uniform(context.positions[:, 0], context.tokens, 0)
+    else:
+        value = context.previous_entropy
+    return jnp.where(context.protected, FULL, choose_bits(value, thresholds.two_below, thresholds.four_below))
+
+
+def _segment(
+    blocks: Sequence[Block],
+    layers: Sequence[LayerCache],
+    rows: Rows,
+    context: Context,
+    structure: Structure,
+    start: int,
+) -> tuple[Rows, _Ran, list[Written], Work]:
+    """Run the layers `start` … for the rows that need them; say what was done."""
+    shallow = structure.kv_rule == "shallow"
+    active = ~context.idle if shallow else ~context.idle & ~rows.halted
+    bits = jnp.where(rows.halted, jnp.minimum(rows.bits, structure.shallow_bits), rows.bits) if shallow else rows.bits
+    per_layer = [_bits_of(layer, bits, rows.halted, structure) for layer in range(start, start + len(blocks))]
+    operands = (rows.hidden_states, context.positions, active, tuple(layers), per_layer)
+    run = partial(_run, blocks, halting=structure.decode is not None and not shallow)
+    batch = active.shape[0]
+    if structure.decode is None or start == 0 or shallow:
+        ran, rows_run = run(*operands), jnp.int32(batch)
+    else:
+        rest = partial(_rest, blocks, structure=structure)
+        sizes = [0, batch // 2, batch] if batch >= _FEWEST_ROWS_TO_GATHER else [0, batch]
+        branches = [rest, *(partial(_run_gathered, run, rest, size) for size in sizes[1:-1]), run]
+        branch = (active.sum(dtype=jnp.int32) > jnp.asarray(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
+        ran = jax.lax.switch(branch, branches, *operands)
+        rows_run = jnp.asarray(sizes, jnp.int32)[branch]
+    read = sum((jnp.full((batch,), FULL, jnp.int32) if b is None else b for b in per_layer), jnp.zeros_like(bits))
+    rows = rows._replace(
+        hidden_states=ran.hidden_states,
+        layers_run=rows.layers_run + jnp.where(active, len(blocks), 0).astype(jnp.int32),
+        bits_read=rows.bits_read + jnp.where(active, read, 0),
+    )
+    resting = ~context.idle & ~active
+    written = [_written(k, v, context.idle, resting, structure) for k, v in ran.kv]
+    idle = jnp.zeros_like(resting)
+    rests = resting if structure.kv_rule == "frozen" else idle
+    work = Work(rows_run, precisions_in_use(bits, active), precisions_in_use(bits, rests), jnp.int32(0))
+    return rows, ran, written, work
+
+
+def _bits_of(layer: int, bits: Bits, halted: PerRow, structure: Structure) -> Bits | None:
+    """Each row's precision in a layer; None where every row reads all bits, so that nothing is traced for it."""
+    precision = structure.precision
+    adapts = precision is not None and precision.adapts(layer)
+    if structure.decode is not None and structure.kv_rule == "shallow":
+        return bits if adapts else jnp.where(halted, bits, FULL)
+    return bits if adapts else None
+
+
+def _read_at(block: Block, bits: Bits | None) -> Block:
+    return block if bits is None else at_bits(block, bits)
+
+
+def _run(
+    blocks: Sequence[Block],
+    hidden_states: Hidden,
+    positions: Int[Array, "batch 1"],
+    active: PerRow,
+    layers: tuple[LayerCache, ...],
+    per_layer: list[Bits | None],
+    *,
+    halting: bool,
+) -> _Ran:
+    """All layers of a segment for the whole batch; inactive rows keep their state and still give keys and values."""
+    kv, last_input, update = [], hidden_states, jnp.zeros_like(hidden_states)
+    for block, layer, bits in zip(blocks, layers, per_layer, strict=True):
+        last_input = hidden_states
+        hidden_states, k, v, update = _read_at(block, bits).run(hidden_states, positions, (segment(layer),))
+        if halting:
+            hidden_states = jnp.where(active[:, None, None], hidden_states, last_input)
+        kv.append((k, v))
+    return _Ran(hidden_states, last_input, update, tuple(kv))
+
+
+def _rest(
+    blocks: Sequence[Block],
+    hidden_states: Hidden,
+    positions: Int[Array, "batch 1"],
+    active: PerRow,
+    layers: tuple[LayerCache, ...],
+    per_layer: list[Bits | None],
+    *,
+    structure: Structure,
+) -> _Ran:
+    """What is left to do where no row runs: keys and values from the frozen states, or nothing."""
+    if structure.kv_rule == "frozen":
+        kv = [_read_at(b, bits).kv(hidden_states, positions) for b, bits in zip(blocks, per_layer, strict=True)]
+    else:
+        batch, kv_heads, _, head_dim = layers[0].keys.shape
+        empty = jnp.zeros((batch, 1, kv_heads, head_dim), hidden_states.dtype)
+        kv = [(empty, empty) for _ in blocks]
+    return _Ran(hidden_states, hidden_states, jnp.zeros_like(hidden_states), tuple(kv))
+
+
+def _run_gathered(
+    run: partial,
+    rest: partial,
+    size: int,
+    hidden_states: Hidden,
+    positions: Int[Array, "batch 1"],
+    active: PerRow,
+    layers: tuple[LayerCache, ...],
+    per_layer: list[Bits | None],
+) -> _Ran:
+    """The active rows alone, gathered into a batch of `size`; the others rest."""
+    chosen = jnp.argsort(~active, stable=True)[:size]
+    whole = (hidden_states, positions, active, layers, per_layer)
+    part = run(*jax.tree.map(lambda leaf: leaf[chosen], whole))
+    return jax.tree.map(lambda all_rows, some: all_rows.at[chosen].set(some), rest(*whole), part)
+
+
+def _written(k: Heads, v: Heads, idle: PerRow, resting: PerRow, structure: Structure) -> Written:
+    """The K/V rule for one layer: what the cache gets of rows that run and of rows that rest."""
+    writes = ~idle
+    if structure.kv_rule == "drop":
+        writes &= ~resting
+    elif structure.kv_rule == "zero":
+        k, v = (jnp.where(resting[:, None, None, None], 0, x) for x in (k, v))
+    return Written(k, v, writes[:, None])
+
+
+def _decide(
+    model: CausalLM,
+    rows: Rows,
+    ran: _Ran,
+    context: Context,
+    structure: Structure,
+    thresholds: Thresholds,
+    layer: int,
+) -> tuple[Rows, Int[Array, ""]]:
+    """After `layer` layers: which rows halt, and at how many bits the others go on; rows the probe was taken on."""
+    halting = structure.decode if structure.decode and layer in structure.decode.layers else None
+    precision = structure.precision
+    chooses = precision is not None and precision.signal == "entropy" and layer == precision.layer
+    running = ~context.idle & ~rows.halted
+    entropy, probed = jnp.zeros_like(rows.signal), jnp.int32(0)
+    if chooses or (halting and halting.probes):
+        take = partial(signals.lens_entropy, model, shortlist=structure.shortlist)
+        entropy = jax.lax.cond(running.any(), take, lambda h: jnp.zeros_like(h[:, 0]), ran.hidden_states[:, 0])
+        probed = jnp.where(running.any(), running.shape[0], 0).astype(jnp.int32)
+    if chooses:
+        bits = choose_bits(entropy, thresholds.two_below, thresholds.four_below)
+        rows = rows._replace(bits=jnp.where(context.protected, FULL, bits))
+    if halting:
+        values = {name: _value(name, ran, context, entropy, layer) for name in halting.reads}
+        halt = halts(halting, values, thresholds.decode_halt[layer], thresholds.decode_entropy, context.protected)
+        rows = rows._replace(
+            halted=rows.halted | (halt & running), signal=jnp.where(running, values[halting.signal], rows.signal)
+        )
+    return rows, probed
+
+
+def _value(name: str, ran: _Ran, context: Context, entropy: Value, layer: int) -> Value:
+    before, after, update = (x[:, 0] for x in (ran.last_input, ran.hidden_states, ran.last_update))
+    if name == "entropy":
+        return entropy
+    if name == "previous_entropy":
+        return context.previous_entropy
+    if name == "random":
+        return signals.uniform(context.positions[:, 0], context.tokens, layer)
+    if name == "attention_update":
+        return signals.attention_update(before, update)
+    return signals.DRIFTS[name](before, after)
