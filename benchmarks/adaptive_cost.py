@@ -1,0 +1,171 @@
+"""Does real time follow the ledger? Skipped layers in decode, gathered tokens in prefill, and the cost of being able to.
+
+    python -m benchmarks.adaptive_cost           # writes benchmarks/results/adaptive_cost.json
+    python -m benchmarks.adaptive_cost --quick   # two rounds, nothing written
+
+A random GPT-2-124M shape in float32, every candidate in turn within each round, ratios round by round:
+
+* decode, batch 1: all tokens halt after 6 of 12 layers, under each K/V rule, against the ideal, which is a model of
+  6 layers; and against dense;
+* prefill of 1,023 tokens: three quarters of the tokens halt after 6 of 12 layers, against dense;
+* off: the engine's dense decoding against a plain scan that knows nothing of policies.
+
+Prediction, before the first run: decode 1.05 × ideal under `drop` and 1.2 × under `frozen` (keys and values are a sixth
+of a block); prefill 1.5 × under `drop`, 1.35 × under `frozen`; off within 2 % of the plain scan.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.dense_decode import GPT2_124M, per_step
+from benchmarks.harness import interleaved, median_ratio, summary, write_result
+from qs_jax.adaptive.policy import Halting, KvRule, Policy
+from qs_jax.cache import allocate, append, segment
+from qs_jax.engine.compilation import METER
+from qs_jax.generation import CHUNK, generate
+from qs_jax.loading import Model
+from qs_jax.models import parse_config, random_network
+from qs_jax.models.base import CausalLM
+
+INFINITY = float("inf")
+PROMPT_TOKENS = 32
+LONG_PROMPT = 1023
+RULES: tuple[KvRule, ...] = ("drop", "zero", "frozen")
+
+
+def random_model(layers: int) -> Model:
+    config = parse_config({**GPT2_124M, "n_layer": layers}, f"GPT-2 124M with {layers} layers")
+    return Model(config, random_network(config, seed=0), None, jnp.dtype(jnp.float32), f"random GPT-2, {layers} layers")
+
+
+def half_depth(rule: KvRule) -> Policy:
+    """Every generated token stops after the sixth layer."""
+    return Policy(f"half depth, {rule}", decode_halting=Halting("random", INFINITY, layers=(6,)), kv_rule=rule)
+
+
+def quarter_of_the_prompt(rule: KvRule) -> Policy:
+    """A random quarter of the prompt goes on after the sixth layer."""
+    return Policy(f"quarter of the prompt, {rule}", prompt_halting=Halting("random", 0.75, layers=(6,)), kv_rule=rule)
+
+
+def request(model: Model, prompt: list[int], policy: Policy) -> Callable[[int], Any]:
+    return lambda new_tokens: generate(model, [prompt], max_new_tokens=new_tokens, eos_token_id=[], policy=policy)
+
+
+def compiling(run: Callable[[], Any]) -> dict[str, float]:
+    """Programs and seconds that the first call of something costs."""
+    before, started = METER.reading(), time.perf_counter()
+    run()
+    compiled = METER.since(before)
+    return {"programs": compiled.programs, "compile_s": compiled.seconds, "first_call_s": time.perf_counter() - started}
+
+
+@partial(jax.jit, static_argnames="steps", donate_argnames="cache")
+def plain_decode(model: CausalLM, token: jax.Array, cache: Any, start: jax.Array, *, steps: int) -> tuple[Any, Any]:
+    """Greedy decoding as one would write it without any of this project's mechanisms."""
+
+    def step(carry: Any, position: jax.Array) -> tuple[Any, jax.Array]:
+        token, cache = carry
+        positions = jnp.full((1, 1), position, jnp.int32)
+        hidden_states, layers = model.embed(token[:, None], positions), []
+        for block, layer in zip(model.blocks, cache, strict=True):
+            out = block.run(hidden_states, positions, (segment(layer),))
+            hidden_states = out.hidden_states
+            layers.append(append(layer, out.k, out.v, positions, jnp.ones((1, 1), bool)))
+        token = jnp.argmax(model.head(hidden_states[:, 0]), axis=-1).astype(jnp.int32)
+        return (token, tuple(layers)), token
+
+    (_, cache), tokens = jax.lax.scan(step, (token, cache), start + jnp.arange(steps, dtype=jnp.int32))
+    return tokens, cache
+
+
+def plain_request(model: Model, capacity: int) -> Callable[[int], Any]:
+    """The plain scan over as many steps as the engine runs for `new_tokens`, chunk by chunk, read back as it is."""
+
+    def run(new_tokens: int) -> None:
+        cache = tuple(allocate(model.config, 1, capacity, model.dtype) for _ in model.network.blocks)
+        cache = tuple(replace(layer, lengths=layer.lengths + PROMPT_TOKENS) for layer in cache)
+        for start in range(0, new_tokens - 1, CHUNK):
+            at = jnp.int32(PROMPT_TOKENS + start)
+            tokens, cache = plain_decode(model.network, jnp.ones(1, jnp.int32), cache, at, steps=CHUNK)
+            jax.device_get(tokens)
+
+    return run
+
+
+def measure_decode(model: Model, half: Model, prompt: list[int], steps: int, rounds: int) -> dict[str, Any]:
+    requests = {
+        "dense": request(model, prompt, Policy.off()),
+        "ideal": request(half, prompt, Policy.off()),
+        "plain scan": plain_request(model, 256),
+        **{rule: request(model, prompt, half_depth(rule)) for rule in RULES},
+    }
+    compiled = {name: compiling(partial(run, steps + 1)) for name, run in requests.items()}
+    seconds = per_step(requests, steps, rounds)
+    return {
+        "step": {name: summary(values) for name, values in seconds.items()},
+        "over_ideal": {rule: median_ratio(seconds[rule], seconds["ideal"]) for rule in RULES},
+        "speedup": {rule: median_ratio(seconds["dense"], seconds[rule]) for rule in RULES},
+        "off_over_plain_scan": median_ratio(seconds["dense"], seconds["plain scan"]),
+        "compilation": compiled,
+        "ledger": {rule: requests[rule](steps + 1).ledger for rule in RULES},
+    }
+
+
+def measure_prefill(model: Model, prompt: list[int], rounds: int) -> dict[str, Any]:
+    policies: Mapping[str, Policy] = {"dense": Policy.off(), **{rule: quarter_of_the_prompt(rule) for rule in RULES}}
+    requests = {name: partial(request(model, prompt, policy), 1) for name, policy in policies.items()}
+    compiled = {name: compiling(run) for name, run in requests.items()}
+    seconds = interleaved(requests, rounds)
+    return {
+        "prefill": {name: summary(values) for name, values in seconds.items()},
+        "speedup": {rule: median_ratio(seconds["dense"], seconds[rule]) for rule in RULES},
+        "compilation": compiled,
+        "ledger": {rule: requests[rule]().ledger for rule in RULES},
+    }
+
+
+def table(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str:
+    lines = ["| | decode, ms/step | over ideal | over dense | 1,023-token prefill, ms | faster than dense |"]
+    lines.append("|---|---|---|---|---|---|")
+    for rule in RULES:
+        lines.append(
+            f"| `{rule}` | {decode['step'][rule]['median_ms']:.1f} | {decode['over_ideal'][rule]:.2f} × | "
+            f"{1 / decode['speedup'][rule]:.2f} × | {prefill['prefill'][rule]['median_ms']:.0f} | "
+            f"{prefill['speedup'][rule]:.2f} × |"
+        )
+    ideal, dense = (decode["step"][name]["median_ms"] for name in ("ideal", "dense"))
+    lines.append(
+        f"| dense | {dense:.1f} | {dense / ideal:.2f} × | 1 | {prefill['prefill']['dense']['median_ms']:.0f} | 1 |"
+    )
+    lines.append(f"| 6-layer model (ideal) | {ideal:.1f} | 1 | {ideal / dense:.2f} × | – | – |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two rounds, nothing written")
+    arguments = parser.parse_args()
+    steps, rounds = (CHUNK, 2) if arguments.quick else (CHUNK, 9)
+    rng = np.random.default_rng(0)
+    short, long = (rng.integers(0, GPT2_124M["vocab_size"], n).tolist() for n in (PROMPT_TOKENS, LONG_PROMPT))
+    model = random_model(12)
+    decode = measure_decode(model, random_model(6), short, steps, rounds)
+    prefill = measure_prefill(model, long, max(2, rounds // 2))
+    print(table(decode, prefill))
+    print(f"off: {decode['off_over_plain_scan']:.3f} × a plain scan without policies")
+    if not arguments.quick:
+        settings = {"shape": GPT2_124M, "dtype": "float32", "steps": steps, "rounds": rounds}
+        print(write_result("adaptive_cost", {"settings": settings, "decode": decode, "prefill": prefill}))
+
+
+if __name__ == "__main__":
+    main()
