@@ -1,4 +1,4 @@
-"""Does real time follow the ledger? Skipped layers in decode, gathered tokens in prefill, and the cost of being able to.
+"""Does real time follow the ledger? Skipped layers in decode, gathered tokens in prefill, and what being able to costs.
 
     python -m benchmarks.adaptive_cost           # writes benchmarks/results/adaptive_cost.json
     python -m benchmarks.adaptive_cost --quick   # two rounds, nothing written
