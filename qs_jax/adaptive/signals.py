@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.models.base import CausalLM
 from qs_jax.models.layers import project
 
@@ -60,9 +61,11 @@ def lens_entropy(model: CausalLM, hidden_states: Hidden, shortlist: int) -> Valu
 
     The logit lens: the model's own final norm and head, no training.
     """
-    normal = model.final_norm(hidden_states)
-    kernel = model.head_kernel[: shortlist or model.config.vocab_size]
-    return entropy_bits(project(normal, kernel))
+    if not shortlist:
+        return entropy_bits(model.head(hidden_states))
+    kernel = model.head_kernel
+    few = kernel.rows(jnp.arange(shortlist)) if isinstance(kernel, NestedKernel) else kernel[:shortlist]
+    return entropy_bits(project(model.final_norm(hidden_states), few))
 
 
 def uniform(positions: Int[Array, "*tokens"], tokens: Int[Array, "*tokens"], layer: int) -> Value:
