@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.dense_decode import GPT2_124M, per_step
 from benchmarks.harness import interleaved, median_ratio, summary, write_result
+from benchmarks.peers import Generate, Prompts
+from benchmarks.shapes import SHAPES, random_model
+from benchmarks.speed import seconds_per_step
 from qs_jax.adaptive.policy import Halting, KvRule, Policy
 from qs_jax.cache import allocate, append, segment
 from qs_jax.engine.compilation import METER
 from qs_jax.generation import CHUNK, generate
 from qs_jax.loading import Model
-from qs_jax.models import parse_config, random_network
 from qs_jax.models.base import CausalLM
 
 INFINITY = float("inf")
@@ -41,9 +42,9 @@ LONG_PROMPT = 1023
 RULES: tuple[KvRule, ...] = ("drop", "zero", "frozen")
 
 
-def random_model(layers: int) -> Model:
-    config = parse_config({**GPT2_124M, "n_layer": layers}, f"GPT-2 124M with {layers} layers")
-    return Model(config, random_network(config, seed=0), None, jnp.dtype(jnp.float32), f"random GPT-2, {layers} layers")
+def gpt2(layers: int) -> Model:
+    """The GPT-2-124M shape with another depth."""
+    return random_model({**SHAPES["gpt2-124m"], "n_layer": layers}, f"random GPT-2 124M, {layers} layers")
 
 
 def half_depth(rule: KvRule) -> Policy:
@@ -56,8 +57,12 @@ def quarter_of_the_prompt(rule: KvRule) -> Policy:
     return Policy(f"quarter of the prompt, {rule}", prompt_halting=Halting("random", 0.75, layers=(6,)), kv_rule=rule)
 
 
-def request(model: Model, prompt: list[int], policy: Policy) -> Callable[[int], Any]:
-    return lambda new_tokens: generate(model, [prompt], max_new_tokens=new_tokens, eos_token_id=[], policy=policy)
+def side(model: Model, policy: Policy) -> Generate:
+    return lambda prompts, new: generate(model, prompts, max_new_tokens=new, eos_token_id=[], policy=policy).tokens
+
+
+def ledger(model: Model, policy: Policy, prompt: list[int], new_tokens: int) -> dict[str, float]:
+    return generate(model, [prompt], max_new_tokens=new_tokens, eos_token_id=[], policy=policy).ledger
 
 
 def compiling(run: Callable[[], Any]) -> dict[str, float]:
@@ -87,49 +92,50 @@ def plain_decode(model: CausalLM, token: jax.Array, cache: Any, start: jax.Array
     return tokens, cache
 
 
-def plain_request(model: Model, capacity: int) -> Callable[[int], Any]:
+def plain_side(model: Model, capacity: int) -> Generate:
     """The plain scan over as many steps as the engine runs for `new_tokens`, chunk by chunk, read back as it is."""
 
-    def run(new_tokens: int) -> None:
+    def run(prompts: Prompts, new_tokens: int) -> Prompts:
         cache = tuple(allocate(model.config, 1, capacity, model.dtype) for _ in model.network.blocks)
         cache = tuple(replace(layer, lengths=layer.lengths + PROMPT_TOKENS) for layer in cache)
         for start in range(0, new_tokens - 1, CHUNK):
             at = jnp.int32(PROMPT_TOKENS + start)
             tokens, cache = plain_decode(model.network, jnp.ones(1, jnp.int32), cache, at, steps=CHUNK)
             jax.device_get(tokens)
+        return prompts
 
     return run
 
 
 def measure_decode(model: Model, half: Model, prompt: list[int], steps: int, rounds: int) -> dict[str, Any]:
-    requests = {
-        "dense": request(model, prompt, Policy.off()),
-        "ideal": request(half, prompt, Policy.off()),
-        "plain scan": plain_request(model, 256),
-        **{rule: request(model, prompt, half_depth(rule)) for rule in RULES},
+    sides = {
+        "dense": side(model, Policy.off()),
+        "ideal": side(half, Policy.off()),
+        "plain scan": plain_side(model, 256),
+        **{rule: side(model, half_depth(rule)) for rule in RULES},
     }
-    compiled = {name: compiling(partial(run, steps + 1)) for name, run in requests.items()}
-    seconds = per_step(requests, steps, rounds)
+    compiled = {name: compiling(partial(run, [prompt], steps + 1)) for name, run in sides.items()}
+    seconds = seconds_per_step(sides, [prompt], steps, rounds)
     return {
         "step": {name: summary(values) for name, values in seconds.items()},
         "over_ideal": {rule: median_ratio(seconds[rule], seconds["ideal"]) for rule in RULES},
         "speedup": {rule: median_ratio(seconds["dense"], seconds[rule]) for rule in RULES},
         "off_over_plain_scan": median_ratio(seconds["dense"], seconds["plain scan"]),
         "compilation": compiled,
-        "ledger": {rule: requests[rule](steps + 1).ledger for rule in RULES},
+        "ledger": {rule: ledger(model, half_depth(rule), prompt, steps + 1) for rule in RULES},
     }
 
 
 def measure_prefill(model: Model, prompt: list[int], rounds: int) -> dict[str, Any]:
     policies: Mapping[str, Policy] = {"dense": Policy.off(), **{rule: quarter_of_the_prompt(rule) for rule in RULES}}
-    requests = {name: partial(request(model, prompt, policy), 1) for name, policy in policies.items()}
-    compiled = {name: compiling(run) for name, run in requests.items()}
-    seconds = interleaved(requests, rounds)
+    runs = {name: partial(side(model, policy), [prompt], 1) for name, policy in policies.items()}
+    compiled = {name: compiling(run) for name, run in runs.items()}
+    seconds = interleaved(runs, rounds)
     return {
         "prefill": {name: summary(values) for name, values in seconds.items()},
         "speedup": {rule: median_ratio(seconds["dense"], seconds[rule]) for rule in RULES},
         "compilation": compiled,
-        "ledger": {rule: requests[rule]().ledger for rule in RULES},
+        "ledger": {rule: ledger(model, quarter_of_the_prompt(rule), prompt, 1) for rule in RULES},
     }
 
 
@@ -143,9 +149,8 @@ def table(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str:
             f"{prefill['speedup'][rule]:.2f} × |"
         )
     ideal, dense = (decode["step"][name]["median_ms"] for name in ("ideal", "dense"))
-    lines.append(
-        f"| dense | {dense:.1f} | {dense / ideal:.2f} × | 1 | {prefill['prefill']['dense']['median_ms']:.0f} | 1 |"
-    )
+    whole = prefill["prefill"]["dense"]["median_ms"]
+    lines.append(f"| dense | {dense:.1f} | {dense / ideal:.2f} × | 1 | {whole:.0f} | 1 |")
     lines.append(f"| 6-layer model (ideal) | {ideal:.1f} | 1 | {ideal / dense:.2f} × | – | – |")
     return "\n".join(lines)
 
@@ -155,15 +160,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing written")
     arguments = parser.parse_args()
     steps, rounds = (CHUNK, 2) if arguments.quick else (CHUNK, 9)
+    model = gpt2(12)
     rng = np.random.default_rng(0)
-    short, long = (rng.integers(0, GPT2_124M["vocab_size"], n).tolist() for n in (PROMPT_TOKENS, LONG_PROMPT))
-    model = random_model(12)
-    decode = measure_decode(model, random_model(6), short, steps, rounds)
+    short, long = (rng.integers(0, model.config.vocab_size, n).tolist() for n in (PROMPT_TOKENS, LONG_PROMPT))
+    decode = measure_decode(model, gpt2(6), short, steps, rounds)
     prefill = measure_prefill(model, long, max(2, rounds // 2))
     print(table(decode, prefill))
     print(f"off: {decode['off_over_plain_scan']:.3f} × a plain scan without policies")
     if not arguments.quick:
-        settings = {"shape": GPT2_124M, "dtype": "float32", "steps": steps, "rounds": rounds}
+        settings = {"shape": SHAPES["gpt2-124m"], "dtype": "float32", "steps": steps, "rounds": rounds}
         print(write_result("adaptive_cost", {"settings": settings, "decode": decode, "prefill": prefill}))
 
 

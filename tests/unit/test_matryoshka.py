@@ -158,8 +158,8 @@ def test_fewer_bits_read_fewer_bytes(model: Model) -> None:
     plain = Costs.of(tiny_model(model.config.model_type).network)
     for bits in BITS:
         assert plane_bytes(block, bits) == dense + size * bits // 8 + size // 16 * 3
-        assert Costs.of(at_bits(model.network, bits)).block_bytes == plane_bytes(block, bits)
-    assert Costs.of(model.network).block_flops_per_token == plain.block_flops_per_token
+        assert Costs.of(model.network).layers[0].bytes[bits] == plane_bytes(block, bits)
+    assert Costs.of(model.network).layers[0].flops == plain.layers[0].flops
 
 
 def test_generation_at_every_precision(model: Model) -> None:
