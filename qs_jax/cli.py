@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qs_jax import cli_study
+from qs_jax.cli_options import Bits, Debug, Dtype, Json, ModelArgument, PolicyOption, Revision, Verify
 from qs_jax.console import print_json, reporting_errors
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
@@ -18,15 +20,6 @@ app = typer.Typer(
 )
 
 DEFAULTS = GenerationConfig()
-
-ModelArgument = Annotated[str, typer.Argument(help="Converted folder, Hugging Face folder, or hub id.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
-PolicyOption = Annotated[str, typer.Option("--policy", help="Mechanisms: off, paper, balanced, or a policy file.")]
-Bits = Annotated[int | None, typer.Option(help="8, 4 or 2: precision of Matryoshka weights for every token.")]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check a converted folder against its checksums.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 @app.callback()
@@ -129,6 +122,9 @@ def bench(
             f"prefill of {prompt_tokens} tokens {figures['prefill_s']:.3f} s, "
             f"compilation {figures['compile_s']:.1f} s, peak memory {figures['peak_rss_mb']:.0f} MB"
         )
+
+
+app.command("eval", epilog=cli_study.EVAL_EXAMPLES)(cli_study.evaluate)
 
 
 def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:

@@ -23,3 +23,7 @@ class GenerationError(QsJaxError, ValueError):
 
 class PolicyError(GenerationError):
     """A policy that cannot be: an unknown field, a value out of range, or a mechanism the model has no means for."""
+
+
+class EvaluationError(QsJaxError):
+    """A study that cannot be made: no or too little text, windows beyond the model's context, an unreadable result."""

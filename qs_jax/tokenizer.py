@@ -1,6 +1,7 @@
 """Text to token ids and back. Wraps the tokenizer files of a Hugging Face folder; transformers is imported lazily."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens the model expects around a prompt."""
         return list(self._backend(text, verbose=False)["input_ids"])
+
+    def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
+        """Token ids as `encode` gives them, and the stretch of the text that each stands for; the stretches join to
+        the text. Of tokens that share a character the first has it; special tokens have none.
+
+        Raises:
+            TokenizerError: a tokenizer without `tokenizer.json`, which cannot tell.
+        """
+        try:
+            encoded = self._backend(text, return_offsets_mapping=True, verbose=False)
+        except NotImplementedError:
+            raise TokenizerError(
+                "this tokenizer cannot map tokens to text; save it with a tokenizer.json (use_fast=True)"
+            ) from None
+        ends = list(accumulate((end for _, end in encoded["offset_mapping"]), max))
+        starts = [0, *ends[:-1]] if ends else []
+        pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+        return list(encoded["input_ids"]), pieces
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ending where the assistant speaks next.

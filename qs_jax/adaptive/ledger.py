@@ -7,7 +7,7 @@ is counted in full, in `flops` and apart in `probe_flops`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from flax import nnx
@@ -249,6 +249,14 @@ class Ledger:
             self.decode_bits += bits
         self.run.kv_slots += slots
         self.twin.kv_slots += depth * tokens
+
+    def add(self, other: "Ledger") -> None:
+        """Count another request of the same model and policy as well."""
+        for mine, theirs in ((self, other), (self.run, other.run), (self.twin, other.twin)):
+            for item in fields(mine):
+                value = getattr(mine, item.name)
+                if isinstance(value, int) and item.name != "bits":
+                    setattr(mine, item.name, value + getattr(theirs, item.name))
 
     def to_json(self) -> dict[str, float]:
         """The ledger beside its dense twin. Reductions are fractions of the twin; `bits_mean` is over generated tokens
