@@ -125,6 +125,7 @@ def bench(
 
 
 app.command("eval", epilog=cli_study.EVAL_EXAMPLES)(cli_study.evaluate)
+app.command("calibrate", epilog=cli_study.CALIBRATE_EXAMPLES)(cli_study.calibrate)
 
 
 def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:

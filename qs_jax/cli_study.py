@@ -1,13 +1,14 @@
 """The commands that study a model: `qs-jax eval`, `calibrate`, `report`. Everything heavy is imported inside them."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
-from qs_jax.adaptive.policy import Policy
+from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.cli_options import Debug, Dtype, Json, ModelArgument, PolicyOption, Revision, Verify
 from qs_jax.console import print_json, progress, reporting_errors
+from qs_jax.errors import EvaluationError
 
 Text = Annotated[
     str, typer.Option("--text", help="Text to score: txt, json, jsonl (.xz, .gz), or wikitext-103, wikitext-2, c4.")
@@ -21,12 +22,23 @@ WindowOption = Annotated[int, typer.Option("--window", help="Scored tokens per w
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to score, spread over the text.")]
 Batch = Annotated[int, typer.Option(help="Windows run together; 1 shows what decoding alone saves.")]
 
+_MEASUREMENTS = 40
+"""About how many a calibration takes, for the progress bar."""
+
 EVAL_EXAMPLES = """Examples:
 
 \b
   qs-jax eval ./model --text test.txt
   qs-jax eval ./model --text test.txt --policy policy.json --json > result.json
   qs-jax eval ./model --text stories.json --documents 500: --prefix 0 --window 256"""
+
+
+CALIBRATE_EXAMPLES = """Examples:
+
+\b
+  qs-jax calibrate ./model --text train.txt
+  qs-jax calibrate ./model --text train.jsonl --max-ppl-increase 0.5 --out generous.json
+An interrupted calibration goes on where it was when the same command is given again."""
 
 
 def evaluate(
@@ -86,3 +98,77 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         f"{1 - ledger['kv_slots'] / ledger['kv_slots_off']:.1%} of cache slots; "
         f"{ledger['layers_run_mean']:.2f} layers per token"
     )
+
+
+def calibrate(
+    model: ModelArgument,
+    text: Text,
+    documents: Documents = ":",
+    max_ppl_increase: Annotated[float, typer.Option(help="Perplexity may rise by this much.")] = 0.2,
+    confidence: Annotated[float, typer.Option(help="That it does not rise more, from 0.5 to below 1.")] = 0.9,
+    out: Annotated[str | None, typer.Option(help="Policy file to write; by default policy.json in MODEL.")] = None,
+    signal: Annotated[
+        str, typer.Option(help="What halting looks at: relative_drift, direction_drift, raw_drift, attention_update.")
+    ] = "relative_drift",
+    kv_rule: Annotated[str, typer.Option(help="What deeper layers see of halted tokens: frozen, drop or zero.")] = (
+        "frozen"
+    ),
+    prefix: Prefix = None,
+    window: WindowOption = 64,
+    max_tokens: MaxTokens = 4096,
+    batch: Batch = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the policy file if it is there.")] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    verify: Verify = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the policy that saves most while perplexity rises no more than allowed, tested on text held back."""
+    with reporting_errors(debug):
+        target = _target(model, out, overwrite=overwrite)
+        from qs_jax.evaluation.calibration import Goal
+        from qs_jax.evaluation.study import calibrate_model
+        from qs_jax.evaluation.windows import Plan
+
+        goal = Goal(max_ppl_increase, confidence)
+        Halting(cast(Any, signal)), Policy(kv_rule=cast(Any, kv_rule))
+        plan = Plan(prefix, window, max_tokens, batch)
+        loaded, windows = _load(model, text, documents, plan, dtype=dtype, revision=revision, verify=verify)
+        with progress("calibrating", _MEASUREMENTS) as advance:
+            found = calibrate_model(
+                loaded, windows, plan, [goal], signal=signal, kv_rule=kv_rule, target=target, advance=advance
+            )[0]
+        found.policy.save(target)
+        result = {**found.to_json(), "text": Path(text).name, "documents": documents, "out": str(target)}
+        if json:
+            print_json(result)
+        else:
+            _print_calibration(result)
+
+
+def _target(model: str, out: str | None, *, overwrite: bool) -> Path:
+    """Where the policy goes."""
+    if out is None and not Path(model).is_dir():
+        raise EvaluationError(f"{model} is not a folder; say with --out where the policy goes")
+    target = Path(out) if out is not None else Path(model) / "policy.json"
+    if target.exists() and not overwrite:
+        raise EvaluationError(f"{target} is there already; give --overwrite or another --out")
+    if not target.parent.is_dir():
+        raise EvaluationError(f"{target.parent}: no such folder; make it first")
+    return target
+
+
+def _print_calibration(result: dict[str, Any]) -> None:
+    chosen, uniform = result["chosen"], result["best_uniform_stop"]
+    for row in result["tested"]:
+        verdict = "trusted" if row["accepted"] else "not trusted"
+        print(
+            f"{row['flops_reduction']:6.1%} of FLOPs saved: perplexity {row['perplexity_increase']:+.3f}, "
+            f"at most {row['upper']:+.3f} with {result['confidence']:.0%} confidence: {verdict}"
+        )
+    if chosen is None:
+        print(f"nothing can be trusted to stay within {result['max_ppl_increase']:+g}; the policy is off")
+    elif uniform is not None:
+        print(f"best uniform stop of the prompt within the budget: {uniform['flops_reduction']:.1%}")
+    print(f"written to {result['out']}")

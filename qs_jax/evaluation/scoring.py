@@ -94,6 +94,14 @@ def score(
             yield scores
 
 
+def score_alone(model: Model, windows: Sequence[Window], bound: BoundPolicy, *, batch: int) -> Scores:
+    """Score windows under one policy, by the same programs, without comparing logits."""
+    scores = Scores.empty(model, bound, len(windows[0].scored))
+    for first in range(0, len(windows), batch):
+        scores.add(*_run(model, windows[first : first + batch], bound), None)
+    return scores
+
+
 def _run(model: Model, windows: Sequence[Window], bound: BoundPolicy) -> tuple[Session, Chosen]:
     """One batch through a session; steps are joined."""
     session = Session(model.network, forced_request(windows, bound))

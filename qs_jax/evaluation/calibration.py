@@ -1,0 +1,218 @@
+"""`qs-jax calibrate`: the policy that saves most within a perplexity budget, tested on text it was not chosen on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+from scipy import stats
+
+from qs_jax.adaptive.policy import Policy
+from qs_jax.errors import EvaluationError
+from qs_jax.evaluation.candidates import (
+    BITS_SHARES,
+    DECODE_SHARES,
+    FUSED_SHARES,
+    Space,
+    fuse_prompt,
+    joined,
+    lower_bits,
+    neighbours,
+    stop_decode,
+    stop_prompt,
+    stripped,
+)
+from qs_jax.evaluation.measurements import Measured, Part
+from qs_jax.evaluation.observation import Observed
+from qs_jax.evaluation.risk import Estimate, accepted, pareto_path, shortened
+from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase
+
+_MOST_TESTED = 6
+_COMBINATIONS_PER_BUDGET = 4
+_GIVE_UP = 2.0
+"""A family of ever more halting is left when its increase is this many budgets."""
+
+
+class Bench(Protocol):
+    """Where policies are measured: `qs_jax.evaluation.measurements.Measurements`, or a stand-in in tests."""
+
+    def of(self, policy: Policy, part: Part) -> Measured: ...
+    def dense(self, part: Part) -> Measured: ...
+    def increase(self, policy: Policy, part: Part) -> float: ...
+    def cost(self, policy: Policy) -> float: ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Perplexity may rise by `budget`; the chance that a chosen policy truly exceeds it is at most 1 - `confidence`."""
+
+    budget: float
+    confidence: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget < float("inf"):
+            raise EvaluationError(f"max-ppl-increase is {self.budget}, expected a number above 0")
+        if not 0.5 <= self.confidence < 1:
+            raise EvaluationError(f"confidence is {self.confidence}, expected from 0.5 to below 1")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order."""
+
+    policy: Policy
+    goal: Goal
+    tested: list[dict[str, Any]]
+    uniform: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        chosen = [row for row in self.tested if row["accepted"]]
+        return {
+            "policy": self.policy.to_json(),
+            "max_ppl_increase": self.goal.budget,
+            "confidence": self.goal.confidence,
+            "chosen": chosen[-1] if chosen else None,
+            "best_uniform_stop": self.uniform,
+            "tested": self.tested,
+        }
+
+
+def calibrate(bench: Bench, space: Space, observed: Observed, prefix: int, goals: Sequence[Goal]) -> list[Calibrated]:
+    """The best policy for each goal.
+
+    Args:
+        bench: measures policies on a search part and a test part of the calibration text.
+        space: what may be varied.
+        observed: what the dense model shows on calibration text, to place thresholds.
+        prefix: tokens of the prompts; with a single one only generated tokens can be saved on.
+        goals: budgets.
+
+    The search tries uniform stops of the prompt, per-token choices around the best of them, fusion, halting of
+    generated tokens and fewer bits, each alone, then the combinations that should be best if increases add up. The
+    test then follows `qs_jax.evaluation.risk`.
+    """
+    pool = search(bench, space, observed, prefix, [goal.budget for goal in goals])
+    stops = _uniform_stops(space, observed, prefix)
+    return [_choose(bench, pool, stops, goal) for goal in goals]
+
+
+def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets: Sequence[float]) -> list[Policy]:
+    """All policies tried on the search part, whatever came of them."""
+    neutral, most = space.neutral(prefix), max(budgets)
+    parts: list[list[Policy]] = []
+    if neutral.prompt_halting:
+        parts.append(_prompt_pool(bench, space, observed, prefix, budgets))
+        parts.append(_until(bench, [fuse_prompt(neutral, observed, share) for share in FUSED_SHARES], most))
+    decode: list[Policy] = []
+    for layer in reversed(space.decode_layers):
+        decode += _until(bench, [stop_decode(neutral, observed, layer, share) for share in DECODE_SHARES], most)
+    parts.append(decode)
+    if neutral.precision:
+        parts.append(_until(bench, [lower_bits(neutral, observed, share) for share in BITS_SHARES], most))
+    combinations = _combinations(bench, neutral, parts, budgets)
+    return [policy for part in parts for policy in part] + combinations
+
+
+def _uniform_stops(space: Space, observed: Observed, prefix: int) -> list[Policy]:
+    """All of the prompt stops after a layer: the baseline, from the last candidate layer down."""
+    neutral = space.neutral(prefix)
+    if neutral.prompt_halting is None:
+        return []
+    return [stop_prompt(neutral, observed, {layer: 1.0}) for layer in reversed(space.prompt_layers)]
+
+
+def _prompt_pool(bench: Bench, space: Space, observed: Observed, prefix: int, budgets: Sequence[float]) -> list[Policy]:
+    """Uniform stops until they cost too much, and per-token choices around the last affordable one of each budget."""
+    neutral = space.neutral(prefix)
+    uniform = _until(bench, _uniform_stops(space, observed, prefix), max(budgets))
+    layers = tuple(reversed(space.prompt_layers))
+    shares: list[dict[int, float]] = []
+    for budget in budgets:
+        affordable = [
+            n for n, policy in zip(layers, uniform, strict=False) if bench.increase(policy, "search") <= budget
+        ]
+        around = neighbours(space.prompt_layers, min(affordable, default=layers[0]))
+        shares += [choice for choice in around if choice not in shares]
+    chosen = [stop_prompt(neutral, observed, choice) for choice in shares]
+    for policy in chosen:
+        bench.of(policy, "search")
+    return uniform + chosen
+
+
+def _until(bench: Bench, policies: Sequence[Policy], budget: float) -> list[Policy]:
+    """Policies of growing effect, up to the first that costs far too much."""
+    kept: list[Policy] = []
+    for policy in policies:
+        kept.append(policy)
+        if bench.increase(policy, "search") > _GIVE_UP * budget:
+            break
+    return kept
+
+
+def _combinations(
+    bench: Bench, neutral: Policy, parts: Sequence[Sequence[Policy]], budgets: Sequence[float]
+) -> list[Policy]:
+    """Policies that join one choice of each part, the best by the sum of what each part did alone; measured."""
+    base = bench.cost(Policy.off())
+
+    def alone(policy: Policy | None) -> tuple[float, float]:
+        return (0.0, 0.0) if policy is None else (bench.increase(policy, "search"), bench.cost(policy) - base)
+
+    options = [[(policy, *alone(policy)) for policy in (None, *part)] for part in parts]
+    choices = [choice for choice in product(*options) if sum(policy is not None for policy, *_ in choice) > 1]
+    sums = [
+        Estimate(place, sum(risk for _, risk, _ in choice), sum(cost for *_, cost in choice))
+        for place, choice in enumerate(choices)
+    ]
+    front, found = pareto_path(sums), list[Policy]()
+    for budget in budgets:
+        for estimate in [e for e in front if e.risk <= budget][-_COMBINATIONS_PER_BUDGET:]:
+            policy = joined(neutral, [policy for policy, *_ in choices[estimate.place] if policy])
+            if policy not in found:
+                bench.of(policy, "search")
+                found.append(policy)
+    return found
+
+
+def _choose(bench: Bench, pool: Sequence[Policy], stops: Sequence[Policy], goal: Goal) -> Calibrated:
+    """Test the search's best in order, and the uniform stops beside them."""
+    path, trusted = _tested(bench, pool, goal)
+    rows = [_row(bench, policy, goal, policy in trusted) for policy in path[: len(trusted) + 1]]
+    known = [policy for policy in stops if policy in pool]
+    uniform = _tested(bench, known, goal)[1]
+    name = f"calibrated +{goal.budget:g}"
+    return Calibrated(
+        policy=stripped(trusted[-1], name) if trusted else Policy(name=name),
+        goal=goal,
+        tested=rows,
+        uniform=_row(bench, uniform[-1], goal, True) if uniform else None,
+    )
+
+
+def _tested(bench: Bench, pool: Sequence[Policy], goal: Goal) -> tuple[list[Policy], list[Policy]]:
+    """The path through the pool, and how far it may be trusted."""
+    estimates = [Estimate(n, bench.increase(p, "search"), bench.cost(p)) for n, p in enumerate(pool)]
+    cheaper = [estimate for estimate in estimates if estimate.cost < bench.cost(Policy.off())]
+    path = [pool[e.place] for e in shortened(pareto_path(cheaper), goal.budget, _MOST_TESTED)]
+    return path, accepted(path, _p_value(bench, goal.budget), 1 - goal.confidence)
+
+
+def _p_value(bench: Bench, budget: float) -> Callable[[Policy], float]:
+    return lambda policy: excess_p_value(bench.of(policy, "test").values, bench.dense("test").values, budget)
+
+
+def _row(bench: Bench, policy: Policy, goal: Goal, is_accepted: bool) -> dict[str, Any]:
+    """A tested policy as the report shows it; `upper` bounds the increase at the goal's confidence."""
+    measured, dense = bench.of(policy, "test"), bench.dense("test").values
+    estimate = increase(measured.values, dense)
+    error = float(stats.sem(linearised_increase(measured.values, dense)))
+    return {
+        "policy": stripped(policy, "tested").to_json(),
+        "accepted": is_accepted,
+        "perplexity_increase_search": bench.increase(policy, "search"),
+        "perplexity_increase": estimate,
+        "upper": estimate + float(stats.t.ppf(goal.confidence, len(dense) - 1)) * error,
+        "layers_run_mean": measured.layers_run,
+        "flops_reduction": measured.flops_reduction,
+        "bits_mean": measured.bits,
+    }

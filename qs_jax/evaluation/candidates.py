@@ -1,0 +1,146 @@
+"""Policies worth trying on a model: one structure, many thresholds, so that the search compiles little.
+
+Thresholds are placed where a given share of the tokens of some text would halt, fuse, or read fewer bits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from qs_jax.adaptive.policy import Fusion, Halting, KvRule, Policy, Precision, Signal
+from qs_jax.evaluation.observation import Observed
+
+PROMPT_SHARES = (0.25, 0.5, 0.75)
+FUSED_SHARES = (0.05, 0.2)
+DECODE_SHARES = (0.005, 0.02, 0.1)
+BITS_SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+Part = TypeVar("Part", Halting, Fusion)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be varied: after which layers prompt tokens halt or fuse, and generated ones halt."""
+
+    prompt_layers: tuple[int, ...]
+    fusion_layers: tuple[int, ...]
+    decode_layers: tuple[int, ...]
+    signal: Signal
+    kv_rule: KvRule
+    planes: bool
+
+    @classmethod
+    def of(cls, depth: int, *, planes: bool, signal: Signal = "relative_drift", kv_rule: KvRule = "frozen") -> "Space":
+        """Every layer of a shallow model, every other one of a deep one, from a quarter of the depth on."""
+        step = 1 if depth <= 8 else 2
+        prompt = tuple(sorted(range(depth - 1, max(1, depth // 4) - 1, -step)))
+        decode = tuple(sorted({max(1, depth - 1), max(1, depth - 1 - step)}))
+        return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes)
+
+    def neutral(self, prefix: int) -> Policy:
+        """Every mechanism there and none acting; without a prompt only what concerns generated tokens."""
+        prompt = Halting(self.signal, (0.0,) * len(self.prompt_layers), layers=self.prompt_layers)
+        return Policy(
+            name="neutral",
+            prompt_halting=prompt if prefix > 1 else None,
+            decode_halting=Halting(self.signal, (0.0,) * len(self.decode_layers), layers=self.decode_layers),
+            kv_rule=self.kv_rule,
+            fusion=Fusion("cosine", (0.0,) * len(self.fusion_layers), layers=self.fusion_layers)
+            if prefix > 1
+            else None,
+            precision=Precision("previous_entropy", layer=0) if self.planes else None,
+        )
+
+
+def quantile(values: np.ndarray, share: float) -> float:
+    """The threshold below which a share of the values lies; infinity for all of them."""
+    return math.inf if share >= 1 or not values.size else float(np.quantile(values, share))
+
+
+def stop_prompt(base: Policy, observed: Observed, shares: dict[int, float]) -> Policy:
+    """Prompt tokens halt after the given layers: of those that still run, about that share."""
+    halting = base.prompt_halting
+    assert halting is not None
+    assert halting.layers is not None
+    values = observed.prompt[halting.signal]
+    thresholds = [quantile(values[n - 1], shares[n]) if n in shares else 0.0 for n in halting.layers]
+    return replace(base, prompt_halting=replace(halting, thresholds=tuple(thresholds)))
+
+
+def stop_decode(base: Policy, observed: Observed, layer: int, share: float) -> Policy:
+    """Generated tokens halt after a layer, about that share of them."""
+    halting = base.decode_halting
+    assert halting is not None
+    assert halting.layers is not None
+    values = observed.scored[halting.signal][layer - 1]
+    thresholds = tuple(quantile(values, share) if n == layer else 0.0 for n in halting.layers)
+    return replace(base, decode_halting=replace(halting, thresholds=thresholds))
+
+
+def fuse_prompt(base: Policy, observed: Observed, share: float) -> Policy:
+    """Neighbouring prompt tokens fuse, about that share of pairs."""
+    fusion = base.fusion
+    assert fusion is not None
+    assert fusion.layers is not None
+    values = observed.neighbours[fusion.distance]
+    thresholds = tuple(quantile(values[layer - 1], share) for layer in fusion.layers)
+    return replace(base, fusion=replace(fusion, thresholds=thresholds))
+
+
+def lower_bits(base: Policy, observed: Observed, share: float) -> Policy:
+    """Generated tokens read 4 bits where the model was surest one step earlier, about that share of them."""
+    precision = base.precision
+    assert precision is not None
+    return replace(base, precision=replace(precision, four_below=quantile(observed.entropy, share)))
+
+
+def neighbours(layers: Sequence[int], stop: int) -> list[dict[int, float]]:
+    """Per-token choices around a uniform stop after `stop`: a share stops one candidate layer earlier, and the rest at
+    it or one later."""
+    place = list(layers).index(stop)
+    early = layers[place - 1] if place else None
+    late = layers[place + 1] if place + 1 < len(layers) else None
+    found: list[dict[int, float]] = []
+    if early is not None:
+        found += [{early: share, stop: 1.0} for share in PROMPT_SHARES]
+    if late is not None:
+        found += [{stop: share, late: 1.0} for share in PROMPT_SHARES]
+    if early is not None and late is not None:
+        found.append({early: 0.5, late: 1.0})
+    return found
+
+
+def joined(base: Policy, parts: Sequence[Policy]) -> Policy:
+    """The base with everything that the parts changed."""
+    changed = {
+        name: getattr(part, name)
+        for part in parts
+        for name in ("prompt_halting", "decode_halting", "fusion", "precision")
+        if getattr(part, name) != getattr(base, name)
+    }
+    return replace(base, **changed)
+
+
+def stripped(policy: Policy, name: str) -> Policy:
+    """The same policy without the mechanisms and layers that never act: equal results, less to run."""
+    return replace(
+        policy,
+        name=name,
+        prompt_halting=_acting(policy.prompt_halting),
+        decode_halting=_acting(policy.decode_halting),
+        fusion=_acting(policy.fusion),
+        precision=policy.precision if policy.precision and policy.precision.four_below > 0 else None,
+    )
+
+
+def _acting(part: Part | None) -> Part | None:
+    if part is None or part.layers is None or not isinstance(part.thresholds, tuple):
+        return part
+    kept = [(layer, value) for layer, value in zip(part.layers, part.thresholds, strict=True) if value > 0]
+    if not kept:
+        return None
+    return replace(part, layers=tuple(layer for layer, _ in kept), thresholds=tuple(value for _, value in kept))

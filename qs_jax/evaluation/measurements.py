@@ -1,0 +1,146 @@
+"""Scores of policies on the two parts of the calibration text, kept on disk so that an interrupted search goes on."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from qs_jax.adaptive.policy import Policy
+from qs_jax.errors import EvaluationError
+from qs_jax.evaluation.perplexity import Advance
+from qs_jax.evaluation.scoring import score_alone
+from qs_jax.evaluation.statistics import PerWindow, increase
+from qs_jax.evaluation.windows import Window
+from qs_jax.loading import Model
+from qs_jax.matryoshka.linear import has_planes
+from qs_jax.models import arrays_by_path
+from qs_jax.request import bind_policy
+
+Part = Literal["search", "test"]
+
+_SEARCH_SHARE = 4
+_FEWEST_TO_TEST = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`nll` per window, in nats per token; means over all tokens of the layers run, over generated ones of the bits
+    read, and the share of FLOPs saved as executed."""
+
+    nll: list[float]
+    layers_run: float
+    bits: float
+    flops_reduction: float
+
+    @property
+    def values(self) -> PerWindow:
+        return np.asarray(self.nll)
+
+
+def split(windows: Sequence[Window], batch: int) -> dict[Part, list[Window]]:
+    """A quarter of the windows to search with, the rest to test with, in whole batches, evenly mixed.
+
+    Raises:
+        EvaluationError: too few windows to tell anything.
+    """
+    count = len(windows)
+    search = max(batch, count // _SEARCH_SHARE // batch * batch)
+    if count - search < max(batch, _FEWEST_TO_TEST):
+        raise EvaluationError(
+            f"the text gives {count} windows, calibration needs at least {search + max(batch, _FEWEST_TO_TEST)}: "
+            "give more text, raise max-tokens, or lower batch, prefix or window"
+        )
+    chosen = set(np.linspace(0, count - 1, search).round().astype(int).tolist())
+    parts = {True: list[Window](), False: list[Window]()}
+    for number, window in enumerate(windows):
+        parts[number in chosen].append(window)
+    return {"search": parts[True], "test": parts[False]}
+
+
+class Measurements:
+    """Policies' scores by part. Each is measured once, and written down at once if there is a file to write to."""
+
+    def __init__(
+        self,
+        model: Model,
+        windows: Sequence[Window],
+        batch: int,
+        file: Path | None,
+        advance: Advance = lambda n=1: None,
+    ):
+        self.model, self.batch, self.file, self.advance = model, batch, file, advance
+        self.parts = split(windows, batch)
+        self.depth, self.planes = model.config.num_hidden_layers, has_planes(model.network)
+        self._fingerprint = self._taken_of()
+        self._known: dict[str, Measured] = self._resumed()
+        self.resumed = len(self._known)
+
+    def of(self, policy: Policy, part: Part) -> Measured:
+        """A policy's scores on a part."""
+        key = f"{part} {json.dumps(policy.to_json(), sort_keys=True)}"
+        if key not in self._known:
+            self._known[key] = self._measure(policy, part)
+            self._write()
+            self.advance()
+        return self._known[key]
+
+    def dense(self, part: Part) -> Measured:
+        return self.of(Policy.off(), part)
+
+    def increase(self, policy: Policy, part: Part) -> float:
+        """Perplexity above the dense model's."""
+        return increase(self.of(policy, part).values, self.dense(part).values)
+
+    def cost(self, policy: Policy) -> float:
+        """Share of the layers run and, where weights can be read at fewer bits, of the bits read, on the search part:
+        what the search makes small. Unlike executed FLOPs it does not depend on how windows are batched."""
+        measured = self.of(policy, "search")
+        return measured.layers_run / self.depth + (measured.bits / 8 if self.planes else 0.0)
+
+    def _measure(self, policy: Policy, part: Part) -> Measured:
+        scores = score_alone(self.model, self.parts[part], bind_policy(self.model, policy), batch=self.batch)
+        ledger = scores.ledger.to_json()
+        return Measured(
+            nll=scores.nll.tolist(),
+            layers_run=ledger["layers_run_mean"],
+            bits=ledger["bits_mean"],
+            flops_reduction=ledger["flops_reduction"],
+        )
+
+    def _taken_of(self) -> str:
+        """A digest of the weights' names, the head's values and all that is scored: what measurements hold for."""
+        digest = hashlib.sha256(np.asarray(self.model.network.head_kernel).tobytes())
+        shapes = [(name, array.shape, str(array.dtype)) for name, array in arrays_by_path(self.model.network).items()]
+        text = [(window.prompt, window.scored) for part in self.parts.values() for window in part]
+        digest.update(repr((sorted(shapes), self.model.config, self.batch, text)).encode())
+        return digest.hexdigest()
+
+    def _resumed(self) -> dict[str, Measured]:
+        if self.file is None or not self.file.is_file():
+            return {}
+        try:
+            raw: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+            known = {key: Measured(**value) for key, value in raw["measured"].items()}
+            return known if raw["fingerprint"] == self._fingerprint else {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def _write(self) -> None:
+        if self.file is None:
+            return
+        known = {key: asdict(value) for key, value in self._known.items()}
+        partial = self.file.with_name(self.file.name + ".partial")
+        try:
+            partial.write_text(json.dumps({"fingerprint": self._fingerprint, "measured": known}), encoding="utf-8")
+            partial.replace(self.file)
+        except OSError as error:
+            raise EvaluationError(f"{self.file}: cannot be written ({error.strerror}); choose another place") from None
+
+    def finish(self) -> None:
+        """The search is over: nothing is left to resume."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""Which of many policies may be trusted to stay within a budget, decided on text they were not chosen on.
+
+Learn then test (Angelopoulos et al. 2021, arXiv 2110.01052) with Pareto testing (Laufer-Goldshtein et al. 2023,
+arXiv 2210.07913): one part of the calibration text finds the policies that are best at their cost and puts them in
+order, another tests them in that order. Since testing stops at the first policy that cannot be trusted, the chance
+that any accepted one is truly above the budget is at most the level, however many were tried in the search.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Estimate(NamedTuple):
+    """What the search found of a candidate, by its place in the pool: estimated risk, and cost (smaller is better)."""
+
+    place: int
+    risk: float
+    cost: float
+
+
+def pareto_path(estimates: Iterable[Estimate]) -> list[Estimate]:
+    """The estimates that no other beats in both risk and cost, from the safest to the cheapest."""
+    front: list[Estimate] = []
+    for estimate in sorted(estimates, key=lambda e: (e.risk, e.cost)):
+        if not front or estimate.cost < front[-1].cost:
+            front.append(estimate)
+    return front
+
+
+def shortened(path: Sequence[Estimate], budget: float, most: int) -> list[Estimate]:
+    """At most `most` of a path's estimates: those near the budget matter, safer ones lead up to them.
+
+    Looks at the search's estimates only, so that the test stays valid.
+    """
+    hopeful = [estimate for estimate in path if estimate.risk <= budget]
+    if len(hopeful) <= most:
+        return hopeful
+    lead, near = hopeful[: -(most - 2)], hopeful[-(most - 2) :]
+    return [lead[len(lead) // 3], lead[2 * len(lead) // 3], *near]
+
+
+def accepted(path: Sequence[T], p_value: Callable[[T], float], level: float) -> list[T]:
+    """Fixed-sequence testing: candidates in order, up to the first whose p-value is above the level."""
+    trusted: list[T] = []
+    for candidate in path:
+        if p_value(candidate) > level:
+            break
+        trusted.append(candidate)
+    return trusted
