@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from qs_jax.adaptive.policy import Halting, Policy
-from qs_jax.cli_options import Debug, Dtype, Json, ModelArgument, PolicyOption, Revision, Verify
+from qs_jax.cli_options import Bits, Debug, Dtype, Json, ModelArgument, PolicyOption, Revision, Verify
 from qs_jax.console import print_json, progress, reporting_errors
 from qs_jax.errors import EvaluationError
 
@@ -30,7 +30,8 @@ EVAL_EXAMPLES = """Examples:
 \b
   qs-jax eval ./model --text test.txt
   qs-jax eval ./model --text test.txt --policy policy.json --json > result.json
-  qs-jax eval ./model --text stories.json --documents 500: --prefix 0 --window 256"""
+  qs-jax eval ./model --text stories.json --documents 500: --prefix 0 --window 256
+  qs-jax eval ./model --text test.txt --ablate --calibration-text train.txt --json > table.json"""
 
 
 CALIBRATE_EXAMPLES = """Examples:
@@ -46,10 +47,20 @@ def evaluate(
     text: Text,
     documents: Documents = ":",
     policy: PolicyOption = "off",
+    bits: Bits = None,
     prefix: Prefix = None,
     window: WindowOption = 64,
     max_tokens: MaxTokens = 2560,
     batch: Batch = 8,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also every combination of the mechanisms, and baselines.")
+    ] = False,
+    calibration_text: Annotated[
+        str | None, typer.Option(help="With --ablate: other text, to calibrate policies for several budgets on.")
+    ] = None,
+    calibration_documents: Documents = ":",
+    calibration_tokens: Annotated[int, typer.Option(help="Most tokens of it to score.")] = 4096,
+    free_run: Annotated[int, typer.Option(min=0, help="Prefixes to continue greedily, beside the dense model.")] = 0,
     dtype: Dtype = None,
     revision: Revision = None,
     verify: Verify = True,
@@ -59,18 +70,38 @@ def evaluate(
     """Score text: perplexity under a policy beside the dense model's, with intervals, and what was saved."""
     with reporting_errors(debug):
         chosen = Policy.of(policy)
-        from qs_jax.evaluation.perplexity import evaluate, passes
+        from qs_jax.evaluation.perplexity import passes
+        from qs_jax.evaluation.study import study
+        from qs_jax.evaluation.text import read_documents
         from qs_jax.evaluation.windows import Plan
 
         plan = Plan(prefix, window, max_tokens, batch)
+        if calibration_text is not None and not ablate:
+            raise EvaluationError("--calibration-text is for --ablate; qs-jax calibrate makes a policy to score")
+        other = read_documents(calibration_text, calibration_documents) if calibration_text else None
         loaded, windows = _load(model, text, documents, plan, dtype=dtype, revision=revision, verify=verify)
-        with progress("scoring", passes(windows, plan, 1)) as advance:
-            result = evaluate(loaded, windows, chosen, plan, advance=advance)
+        with progress("scoring", _MEASUREMENTS if ablate else passes(windows, plan)) as advance:
+            result = study(
+                loaded,
+                windows,
+                chosen,
+                plan,
+                bits=bits,
+                ablated=ablate,
+                calibration=(other, calibration_tokens) if other else None,
+                free_runs=free_run,
+                advance=advance,
+            )
         result = {**result, "text": Path(text).name, "documents": documents}
         if json:
             print_json(result)
-        else:
-            _print_evaluation(result)
+            return
+        _print_evaluation(result)
+        for row in result.get("table", ()):
+            print(
+                f"{row['name']:40} perplexity {row['perplexity']:.3f} ({row['perplexity_increase']:+.3f}), saved "
+                f"{row['flops_reduction']:.1%} of FLOPs, {row['bytes_reduction']:.1%} of weight bytes"
+            )
 
 
 def _load(model: str, text: str, documents: str, plan: Any, **loading: Any) -> tuple[Any, Any]:
@@ -132,7 +163,7 @@ def calibrate(
         from qs_jax.evaluation.windows import Plan
 
         goal = Goal(max_ppl_increase, confidence)
-        Halting(cast(Any, signal)), Policy(kv_rule=cast(Any, kv_rule))
+        Policy(decode_halting=Halting(cast(Any, signal)), kv_rule=cast(Any, kv_rule))
         plan = Plan(prefix, window, max_tokens, batch)
         loaded, windows = _load(model, text, documents, plan, dtype=dtype, revision=revision, verify=verify)
         with progress("calibrating", _MEASUREMENTS) as advance:

@@ -144,3 +144,17 @@ def _acting(part: Part | None) -> Part | None:
     if not kept:
         return None
     return replace(part, layers=tuple(layer for layer, _ in kept), thresholds=tuple(value for _, value in kept))
+
+
+def part_of_everything(space: Space, observed: Observed, prefix: int) -> Policy:
+    """A policy in which all four mechanisms act on a part of the tokens: a quarter of the prompt halts after each of
+    the last three candidate layers, 5 % of what is generated before the last layer, one pair in ten fuses, and half of
+    the generated tokens are read at 4 bits; halted tokens leave nothing in the cache."""
+    base = replace(space.neutral(prefix), kv_rule="drop")
+    parts = [stop_decode(base, observed, space.decode_layers[-1], 0.05)]
+    if base.prompt_halting:
+        parts.append(stop_prompt(base, observed, dict.fromkeys(space.prompt_layers[-3:], 0.25)))
+        parts.append(fuse_prompt(base, observed, 0.1))
+    if base.precision:
+        parts.append(lower_bits(base, observed, 0.5))
+    return replace(joined(base, parts), name="part of everything")

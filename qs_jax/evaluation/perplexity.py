@@ -14,6 +14,7 @@ from qs_jax.request import bind_policy
 Advance = Callable[..., None]
 
 _SAMPLES = 4
+_JUDGED = "judged"
 
 
 def evaluate(
@@ -22,6 +23,7 @@ def evaluate(
     policy: Policy,
     plan: Plan,
     *,
+    bits: int | None = None,
     advance: Advance = lambda n=1: None,
 ) -> dict[str, Any]:
     """Score windows under a policy and under the dense model.
@@ -31,6 +33,7 @@ def evaluate(
         windows: from `qs_jax.evaluation.windows.cut`.
         policy: what to judge; with `Policy.off()` only the dense model runs.
         plan: how the windows were cut; its batch is how many run together.
+        bits: the precision at which the policy's run reads Matryoshka weights; the dense model's are read in full.
         advance: called after every pass of a batch, for a progress bar.
 
     Returns:
@@ -39,15 +42,17 @@ def evaluate(
 
     Raises:
         PolicyError: the policy asks for what the model does not have.
+        GenerationError: bits are asked for and the model's weights are not Matryoshka.
     """
     bound = bind_policy(model, policy)
-    named = {} if bound.is_off else {policy.name: bound}
-    results = run(model, windows, named, plan, advance)
-    dense, scores = results[OFF], results[OFF if bound.is_off else policy.name]
+    named = {} if bound.is_off and bits is None else {_JUDGED: bound}
+    results = run(model, windows, named, plan, advance, bits)
+    dense, scores = results[OFF], results.get(_JUDGED, results[OFF])
     return {
         "model": model.name,
         "policy": policy.to_json(),
         "mechanisms": list(bound.policy.mechanisms),
+        "bits": bits,
         "protocol": protocol(windows, plan),
         **summary(scores, dense, sum(window.scored_bytes for window in windows)),
         "logprobs": scores.logprobs.round(5).tolist(),
@@ -56,18 +61,23 @@ def evaluate(
 
 
 def run(
-    model: Model, windows: Sequence[Window], policies: Mapping[str, BoundPolicy], plan: Plan, advance: Advance
+    model: Model,
+    windows: Sequence[Window],
+    policies: Mapping[str, BoundPolicy],
+    plan: Plan,
+    advance: Advance,
+    bits: int | None = None,
 ) -> dict[str, Scores]:
     """All scores, reporting every pass."""
     scores: dict[str, Scores] = {}
-    for scores in score(model, windows, policies, batch=plan.batch):  # noqa: B007
+    for scores in score(model, windows, policies, batch=plan.batch, bits=bits):  # noqa: B007
         advance()
     return scores
 
 
-def passes(windows: Sequence[Window], plan: Plan, policies: int) -> int:
-    """How often `run` reports: batches times policies and the dense model."""
-    return -(-len(windows) // plan.batch) * (policies + 1)
+def passes(windows: Sequence[Window], plan: Plan) -> int:
+    """How often `evaluate` reports: batches of the policy and of the dense model."""
+    return -(-len(windows) // plan.batch) * 2
 
 
 def protocol(windows: Sequence[Window], plan: Plan) -> dict[str, Any]:
@@ -85,11 +95,15 @@ def protocol(windows: Sequence[Window], plan: Plan) -> dict[str, Any]:
 def samples(scores: Scores, windows: Sequence[Window], most: int = _SAMPLES) -> list[dict[str, Any]]:
     """The first windows token by token, as the report colours them. `bits` is the mean over the layers run."""
     depth = scores.ledger.structure.num_layers
-    adapts, constant = scores.ledger.structure.adapts_bits, scores.ledger.to_json()["bits_mean"]
+    ledger = scores.ledger
+    constant = float(ledger.bits if ledger.costs.planes else ledger.costs.weight_bits)
     told = []
     for row, window in enumerate(windows[:most]):
         layers, read = scores.layers_run[row], scores.bits_read[row]
-        bits = [r / n if adapts and r else constant for r, n in zip(read.tolist(), layers.tolist(), strict=True)]
+        bits = [
+            r / n if ledger.structure.adapts_bits and r else constant
+            for r, n in zip(read.tolist(), layers.tolist(), strict=True)
+        ]
         told.append(
             {
                 "depth": depth,

@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.binding import BoundPolicy, dense
 from qs_jax.adaptive.ledger import Costs, Ledger
+from qs_jax.adaptive.precision import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.prefill import PromptTrace
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
 from qs_jax.engine.session import Request, Session
 from qs_jax.evaluation.windows import Window
-from qs_jax.generation import CHUNK
+from qs_jax.generation import CHUNK, network_at
 from qs_jax.loading import Model
 
 OFF = "off"
@@ -27,7 +28,7 @@ class Scores:
 
     `logprobs` are natural logarithms. `kl` is KL(dense ‖ policy) in nats and `agrees` whether both have the same most
     likely token; both are empty for the dense model itself. `layers_run` and `bits_read` (summed over those layers)
-    belong to the pass that predicted the token. Seconds include compilation.
+    belong to the pass that predicted the token. Seconds are per batch and include compilation.
     """
 
     ledger: Ledger
@@ -37,14 +38,14 @@ class Scores:
     kl: Float[np.ndarray, "windows tokens"]
     agrees: Bool[np.ndarray, "windows tokens"]
     prompts: PromptTrace = field(default_factory=lambda: PromptTrace([], [], []))
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    prefill_seconds: list[float] = field(default_factory=list)
+    decode_seconds: list[float] = field(default_factory=list)
     compile_seconds: float = 0.0
 
     @classmethod
-    def empty(cls, model: Model, bound: BoundPolicy, tokens: int) -> "Scores":
+    def empty(cls, model: Model, bound: BoundPolicy, tokens: int, bits: int | None = None) -> "Scores":
         none, whole = np.zeros((0, tokens), np.float32), np.zeros((0, tokens), np.int32)
-        ledger = Ledger(Costs.of(model.network), bound.structure)
+        ledger = Ledger(Costs.of(model.network), bound.structure, bits or FULL)
         return cls(ledger, none, whole, whole, none, none.astype(bool))
 
     @property
@@ -69,25 +70,33 @@ class Scores:
         for name in ("layers_run", "fused_with", "signal"):
             getattr(self.prompts, name).extend(getattr(session.prefilled.trace, name))
         self.ledger.add(session.ledger)
-        self.prefill_seconds += session.prefill_seconds
-        self.decode_seconds += session.decode_seconds
+        self.prefill_seconds.append(session.prefill_seconds)
+        self.decode_seconds.append(session.decode_seconds)
         self.compile_seconds += session.compile_seconds
 
 
 def score(
-    model: Model, windows: Sequence[Window], policies: Mapping[str, BoundPolicy], *, batch: int
+    model: Model, windows: Sequence[Window], policies: Mapping[str, BoundPolicy], *, batch: int, bits: int | None = None
 ) -> Iterator[dict[str, Scores]]:
     """Score all windows under the dense model and each policy; yields the growing scores after every pass of a batch.
 
     The dense model comes first in every batch, so that its logits are there to compare with; its scores are under
-    `OFF`. Windows must be of equal lengths, so that no row of a batch is padding.
+    `OFF`. Windows must be of equal lengths, so that no row of a batch is padding. The policies' weights are read at
+    `bits`, if given, the dense model's in full.
+
+    Raises:
+        GenerationError: bits are asked for and the model's weights are not Matryoshka.
     """
+    network_at(model, bits)
     every = {OFF: dense(model.config), **policies}
-    scores = {name: Scores.empty(model, bound, len(windows[0].scored)) for name, bound in every.items()}
+    scores = {
+        name: Scores.empty(model, bound, len(windows[0].scored), None if name == OFF else bits)
+        for name, bound in every.items()
+    }
     for first in range(0, len(windows), batch):
         part, against = windows[first : first + batch], None
         for name, bound in every.items():
-            session, chosen = _run(model, part, bound)
+            session, chosen = _run(model, part, bound, None if name == OFF else bits)
             scores[name].add(session, chosen, against)
             if name == OFF and policies:
                 against = jnp.asarray(chosen.logits)
@@ -102,9 +111,11 @@ def score_alone(model: Model, windows: Sequence[Window], bound: BoundPolicy, *, 
     return scores
 
 
-def _run(model: Model, windows: Sequence[Window], bound: BoundPolicy) -> tuple[Session, Chosen]:
+def _run(
+    model: Model, windows: Sequence[Window], bound: BoundPolicy, bits: int | None = None
+) -> tuple[Session, Chosen]:
     """One batch through a session; steps are joined."""
-    session = Session(model.network, forced_request(windows, bound))
+    session = Session(network_at(model, bits), forced_request(windows, bound), bits=bits or FULL)
     chunks = [jax.tree.map(lambda leaf, e=c.emitted.any(axis=1): leaf[e], c) for c in session.chunks()]
     return session, jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
 

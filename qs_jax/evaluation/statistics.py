@@ -94,7 +94,7 @@ def summary(scores: Scores, dense: Scores, scored_bytes: int) -> dict[str, Any]:
         "tokens_scored": scores.logprobs.size,
         "windows": len(nll),
         "ledger": scores.ledger.to_json(),
-        "prefill_s": max(0.0, scores.prefill_seconds),
-        "decode_s": scores.decode_seconds,
+        "prefill_s_per_batch": float(np.median(scores.prefill_seconds)),
+        "decode_s_per_batch": float(np.median(scores.decode_seconds)),
         "compile_s": scores.compile_seconds,
     }

@@ -1,16 +1,22 @@
-"""Calibration of a real model: windows, observation, measurements on disk, and the search over them."""
+"""Whole studies of a model: a calibration, and an evaluation with all that was asked for beside it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qs_jax.adaptive.policy import Policy
+from qs_jax.errors import EvaluationError
+from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET, ablate
 from qs_jax.evaluation.calibration import Calibrated, Goal, calibrate
 from qs_jax.evaluation.candidates import Space
+from qs_jax.evaluation.freerun import free_run
 from qs_jax.evaluation.measurements import Measurements
 from qs_jax.evaluation.observation import Observed, observe
-from qs_jax.evaluation.perplexity import Advance
-from qs_jax.evaluation.windows import Plan, Window
+from qs_jax.evaluation.perplexity import Advance, evaluate
+from qs_jax.evaluation.windows import Plan, Window, cut
 from qs_jax.loading import Model
+from qs_jax.matryoshka.linear import has_planes
 
 
 def calibrate_model(
@@ -39,6 +45,57 @@ def calibrate_model(
     found = calibrate(bench, space, observe_for(model, bench.parts["search"], space), prefix, goals)
     bench.finish()
     return found
+
+
+def study(
+    model: Model,
+    windows: Sequence[Window],
+    policy: Policy,
+    plan: Plan,
+    *,
+    bits: int | None = None,
+    ablated: bool = False,
+    calibration: tuple[Sequence[str], int] | None = None,
+    free_runs: int = 0,
+    advance: Advance = lambda n=1: None,
+) -> dict[str, Any]:
+    """What `qs-jax eval` reports.
+
+    Args:
+        model, windows, policy, plan, bits, advance: as for `qs_jax.evaluation.perplexity.evaluate`.
+        ablated: also the table of `qs_jax.evaluation.ablation.ablate`.
+        calibration: for the table, other documents to calibrate policies for `BUDGETS` on, and how many tokens of them
+            to score. If the policy is off, the one for a budget of 0.2 is judged in its place.
+        free_runs: how many of the windows' prefixes to continue greedily under the policy.
+
+    Raises:
+        EvaluationError: calibration text that is too short, or part of what is scored.
+    """
+    table: dict[str, Any] = {}
+    if ablated:
+        found, observed = [], None
+        if calibration is not None:
+            documents, tokens = calibration
+            others = cut(model, documents, replace(plan, max_tokens=tokens))
+            _require_unseen(windows, others)
+            goals = [Goal(budget) for budget in BUDGETS]
+            found = calibrate_model(model, others, plan, goals, advance=advance)
+            space = Space.of(model.config.num_hidden_layers, planes=has_planes(model.network))
+            observed = observe_for(model, others, space)
+            policy = found[BUDGETS.index(MAIN_BUDGET)].policy if policy == Policy.off() else policy
+        subject = None if calibration or policy == Policy.off() else policy
+        table = ablate(model, windows, plan, subject=subject, calibrated=found, observed=observed, advance=advance)
+    result = evaluate(model, windows, policy, plan, bits=bits, advance=advance)
+    if free_runs:
+        result["free_run"] = free_run(model, windows, policy, prompts=free_runs)
+    return {**result, **table}
+
+
+def _require_unseen(windows: Sequence[Window], calibration: Sequence[Window]) -> None:
+    """Figures on the text a policy was calibrated on would flatter it."""
+    seen = {window.scored for window in calibration}
+    if any(window.scored in seen for window in windows):
+        raise EvaluationError("the calibration text is part of what is scored; choose other --calibration-documents")
 
 
 def observe_for(model: Model, windows: Sequence[Window], space: Space) -> Observed:

@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from qs_jax.adaptive.policy import Policy
+from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation import measurements
 from qs_jax.evaluation.calibration import Goal, calibrate
@@ -125,9 +125,7 @@ def test_testing_stops_at_the_first_failure() -> None:
 def test_thresholds_lie_where_the_share_of_tokens_is() -> None:
     base = SPACE.neutral(PREFIX)
     policy = stop_prompt(base, observed(), {4: 0.25, 6: 1.0})
-    assert stripped(policy, "x").prompt_halting == base.prompt_halting.__class__(
-        "relative_drift", (0.25, float("inf")), layers=(4, 6)
-    )
+    assert stripped(policy, "x").prompt_halting == Halting("relative_drift", (0.25, float("inf")), layers=(4, 6))
     assert joined(base, [policy]).prompt_halting == policy.prompt_halting
     assert {4: 0.5, 6: 1.0} in neighbours((4, 5, 6), 5)
     assert stripped(base, "off").mechanisms == ()

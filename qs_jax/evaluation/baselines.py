@@ -1,0 +1,104 @@
+"""What a mechanism must beat: the same saving made blindly, and how far an oracle would get."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from qs_jax.adaptive.policy import Halting, Policy
+from qs_jax.evaluation.candidates import Space
+from qs_jax.evaluation.observation import observe
+from qs_jax.evaluation.scoring import Scores
+from qs_jax.evaluation.windows import Window
+from qs_jax.loading import Model
+
+
+def uniform_stops(space: Space, prefix: int) -> list[Policy]:
+    """All of the prompt stops after the same layer."""
+    if prefix <= 1:
+        return []
+    neutral = space.neutral(prefix)
+    return [
+        replace(neutral, name=f"prompt stops after {layer}", prompt_halting=_all_at(neutral.prompt_halting, layer))
+        for layer in reversed(space.prompt_layers)
+    ]
+
+
+def fixed_depths(space: Space, prefix: int) -> list[Policy]:
+    """Prompt and generated tokens alike stop after the same layer."""
+    neutral = space.neutral(prefix)
+    return [
+        replace(
+            neutral,
+            name=f"fixed depth {layer}",
+            prompt_halting=_all_at(neutral.prompt_halting, layer),
+            decode_halting=_all_at(neutral.decode_halting, layer),
+        )
+        for layer in reversed(space.decode_layers)
+    ]
+
+
+def _all_at(halting: Halting | None, layer: int) -> Halting | None:
+    if halting is None or halting.layers is None:
+        return None
+    return replace(halting, thresholds=tuple(math.inf if n == layer else 0.0 for n in halting.layers))
+
+
+def random_halting(policy: Policy, scores: Scores) -> list[Policy]:
+    """As many tokens halt after each layer as under the policy, but drawn at random: equal work, no knowledge. Nothing
+    where the policy never chooses between tokens."""
+    changed: dict[str, Any] = {}
+    for name, layers_run in (
+        ("prompt_halting", np.concatenate(scores.prompts.layers_run)),
+        ("decode_halting", scores.layers_run[:, 1:].reshape(-1)),
+    ):
+        halting: Halting | None = getattr(policy, name)
+        if halting is None or halting.layers is None:
+            continue
+        given = halting.thresholds if isinstance(halting.thresholds, tuple) else (halting.thresholds,)
+        if all(value in (0.0, math.inf) for value in given):
+            continue
+        shares = tuple(
+            math.inf if math.isinf(value) else _share_at(layers_run, layer)
+            for layer, value in zip(halting.layers, given * (len(halting.layers) // len(given)), strict=True)
+        )
+        changed[name] = replace(halting, signal="random", thresholds=shares, entropy_below=None)
+    return [replace(policy, name="random halting", **changed)] if changed else []
+
+
+def _share_at(layers_run: Float[np.ndarray, " tokens"], layer: int) -> float:
+    """Of the tokens that ran `layer` layers, the share that stopped there."""
+    reached = (layers_run >= layer).sum()
+    return float((layers_run == layer).sum() / reached) if reached else 0.0
+
+
+def random_bits(subject: Policy, scores: Mapping[str, Scores]) -> list[Policy]:
+    """As many bits as the subject's precision reads when it acts alone, but drawn at random."""
+    alone = scores.get("precision")
+    if subject.precision is None or alone is None or not alone.ledger.costs.planes:
+        return []
+    adapting = sum(map(alone.ledger.structure.precision.adapts, range(alone.ledger.structure.num_layers)))  # pyright: ignore
+    bits = alone.bits_read[:, 1:].mean() - 8 * (alone.ledger.structure.num_layers - adapting)
+    share = float(np.clip((8 - bits / max(adapting, 1)) / 4, 0, 1))
+    precision = replace(subject.precision, signal="random", two_below=0.0, four_below=share)
+    return [
+        replace(
+            subject,
+            name="random bits",
+            prompt_halting=None,
+            decode_halting=None,
+            fusion=None,
+            precision=precision,
+        )
+    ]
+
+
+def oracle(model: Model, windows: Sequence[Window]) -> dict[str, float]:
+    """Who knew the answer could stop each scored token at the first layer whose most likely next token is already the
+    final one for good. Mean share of the layers run, and of tokens settled before the last layer."""
+    depth = model.config.num_hidden_layers
+    settled = observe(model, windows, protect_first=0, protect_last=1).settled
+    return {"layers_share": float(settled.mean() / depth), "settled_early": float((settled < depth).mean())}
