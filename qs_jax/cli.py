@@ -126,6 +126,7 @@ def bench(
 
 app.command("eval", epilog=cli_study.EVAL_EXAMPLES)(cli_study.evaluate)
 app.command("calibrate", epilog=cli_study.CALIBRATE_EXAMPLES)(cli_study.calibrate)
+app.command("report", epilog=cli_study.REPORT_EXAMPLES)(cli_study.report)
 
 
 def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:

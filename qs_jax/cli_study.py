@@ -203,3 +203,30 @@ def _print_calibration(result: dict[str, Any]) -> None:
     elif uniform is not None:
         print(f"best uniform stop of the prompt within the budget: {uniform['flops_reduction']:.1%}")
     print(f"written to {result['out']}")
+
+
+REPORT_EXAMPLES = """Examples:
+
+\b
+  qs-jax eval ./model --text test.txt --ablate --json > table.json
+  qs-jax report table.json --out report.html"""
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What eval or calibrate printed with --json.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show results on one self-contained page: tables, figures, and the text coloured by what was spent on it."""
+    with reporting_errors(debug):
+        if out.exists() and not overwrite:
+            raise EvaluationError(f"{out} is there already; give --overwrite or another --out")
+        from qs_jax.evaluation.report import read_result, write_report
+
+        write_report([read_result(path) for path in results], out)
+        if json:
+            print_json({"out": str(out), "results": len(results)})
+        else:
+            print(f"written to {out}")

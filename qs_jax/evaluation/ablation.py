@@ -125,8 +125,6 @@ def _identity(bound: BoundPolicy) -> str:
 def _row(name: str, kind: str, policy: Policy, scores: Scores, dense: Scores, scored_bytes: int) -> dict[str, Any]:
     found = summary(scores, dense, scored_bytes)
     ledger = found["ledger"]
-    depth = scores.ledger.structure.num_layers
-    layers = np.concatenate([*scores.prompts.layers_run, scores.layers_run[:, 1:].reshape(-1)])
     return {
         "name": name,
         "kind": kind,
@@ -135,5 +133,4 @@ def _row(name: str, kind: str, policy: Policy, scores: Scores, dense: Scores, sc
         "flops_reduction": ledger["flops_reduction"],
         "bytes_reduction": ledger["bytes_reduction"],
         "kv_reduction": 1 - ledger["kv_slots"] / ledger["kv_slots_off"],
-        "layers_histogram": np.bincount(layers, minlength=depth + 1).tolist(),
     }

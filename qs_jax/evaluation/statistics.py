@@ -77,6 +77,13 @@ def bits_per_byte(nll: PerWindow, tokens: int, scored_bytes: int) -> float | Non
     return float(nll.sum()) * tokens / math.log(2) / scored_bytes if scored_bytes else None
 
 
+def layers_histogram(scores: Scores) -> list[int]:
+    """How many tokens, of the prompts and generated, ran each number of layers from 0 to all; a fused token counts
+    where it was absorbed. The first scored token of a window comes from the prompt's last pass and is counted there."""
+    layers = np.concatenate([*scores.prompts.layers_run, scores.layers_run[:, 1:].reshape(-1)])
+    return np.bincount(layers, minlength=scores.ledger.structure.num_layers + 1).tolist()
+
+
 def summary(scores: Scores, dense: Scores, scored_bytes: int) -> dict[str, Any]:
     """Quality of a policy beside the dense model's, in plain JSON values."""
     nll, reference = scores.nll, dense.nll
@@ -94,6 +101,7 @@ def summary(scores: Scores, dense: Scores, scored_bytes: int) -> dict[str, Any]:
         "tokens_scored": scores.logprobs.size,
         "windows": len(nll),
         "ledger": scores.ledger.to_json(),
+        "layers_histogram": layers_histogram(scores),
         "prefill_s_per_batch": float(np.median(scores.prefill_seconds)),
         "decode_s_per_batch": float(np.median(scores.decode_seconds)),
         "compile_s": scores.compile_seconds,

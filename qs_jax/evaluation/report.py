@@ -1,0 +1,101 @@
+"""`qs-jax report`: results of `eval` and `calibrate` as one self-contained page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qs_jax.errors import EvaluationError
+from qs_jax.evaluation.plot import histogram, pareto
+
+_TEMPLATE = "report.html.jinja"
+_EVAL_KEYS = ("model", "perplexity", "perplexity_off", "ledger", "protocol", "samples", "layers_histogram")
+_CALIBRATION_KEYS = ("max_ppl_increase", "tested", "policy")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result as `--json` printed it.
+
+    Raises:
+        EvaluationError: not JSON, or not a result of eval or calibrate.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EvaluationError(f"{path}: cannot be read as JSON ({type(error).__name__}); restore the file") from None
+    if not isinstance(raw, dict) or not any(
+        all(key in raw for key in keys) for keys in (_EVAL_KEYS, _CALIBRATION_KEYS)
+    ):
+        raise EvaluationError(f"{path}: not a result of qs-jax eval or calibrate; make it with --json")
+    return raw
+
+
+def render(results: Sequence[Mapping[str, Any]]) -> str:
+    """The page. All text in results is escaped.
+
+    Raises:
+        EvaluationError: jinja2 is missing, or a result lacks what the page shows.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise EvaluationError("a report needs jinja2: pip install 'qs_jax[report]'") from None
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qs_jax.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"pareto": pareto, "histogram": histogram}
+    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number}
+    studies = [result for result in results if "samples" in result]
+    calibrations = [result for result in results if "tested" in result]
+    try:
+        return environment.get_template(_TEMPLATE).render(studies=studies, calibrations=calibrations, tokens=tokens)
+    except (jinja2.UndefinedError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise EvaluationError(
+            f"a result lacks what the report shows ({error}); make it again with this version"
+        ) from None
+
+
+def tokens(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A window token by token: `saved` is the share of layers not run, `note` the tooltip."""
+    depth, found = sample["depth"], []
+    prompt = zip(sample["prompt"], sample["prompt_layers_run"], sample["prompt_fused_with"], strict=True)
+    for text, layers, fused in prompt:
+        note = f"prompt, {layers} of {depth} layers" + (", fused into a later token" if fused >= 0 else "")
+        found.append({"text": text, "saved": 1 - layers / depth, "fused": fused >= 0, "low": False, "note": note})
+    scored = zip(sample["text"], sample["layers_run"], sample["bits"], sample["logprobs"], strict=True)
+    for text, layers, bits, logprob in scored:
+        note = f"scored, {layers} of {depth} layers, {bits:.3g} bits, log-probability {logprob:.2f}"
+        found.append({"text": text, "saved": 1 - layers / depth, "fused": False, "low": bits < 8, "note": note})
+    for number, token in enumerate(found):
+        token["scored"] = number >= len(sample["prompt"])
+    return found
+
+
+def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Render to a file, which appears whole or not at all.
+
+    Raises:
+        EvaluationError: as `render`, or nothing can be written there.
+    """
+    page, partial = render(results), out.with_name(f".{out.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(out)
+    except OSError as error:
+        raise EvaluationError(f"{out}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
