@@ -16,7 +16,9 @@ Text = Annotated[
 Documents = Annotated[str, typer.Option(help="Which documents of the text, as a slice: 0:500, 500:, -100:.")]
 Prefix = Annotated[
     int | None,
-    typer.Option(help="Unscored tokens before each window; 0 scores every token. Default: 512, or what fits."),
+    typer.Option(
+        help="Unscored tokens before each window; 0 scores every token. Default: 512, or the power of 2 that fits."
+    ),
 ]
 WindowOption = Annotated[int, typer.Option("--window", help="Scored tokens per window.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to score, spread over the text.")]

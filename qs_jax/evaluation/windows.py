@@ -58,7 +58,7 @@ def cut(model: Model, documents: Sequence[str], plan: Plan) -> list[Window]:
     if model.tokenizer is None:
         raise TokenizerError(f"{model.name}: no tokenizer; copy tokenizer.json beside the weights")
     limit, start = model.config.max_position_embeddings, start_token(model)
-    prefix = min(LONGEST_PREFIX, limit - plan.window) if plan.prefix is None else plan.prefix
+    prefix = _default_prefix(limit - plan.window) if plan.prefix is None else plan.prefix
     if prefix < 0 or max(prefix, 1) + plan.window > limit:
         raise EvaluationError(
             f"a window of {max(prefix, 0)} + {plan.window} tokens is longer than the model's context of {limit}; "
@@ -86,6 +86,12 @@ def cut(model: Model, documents: Sequence[str], plan: Plan) -> list[Window]:
             )
         )
     return windows
+
+
+def _default_prefix(room: int) -> int:
+    """The largest power of two that fits, up to `LONGEST_PREFIX`: such a prompt fills its bucket, so that no saving
+    is only padding that the dense model would have computed."""
+    return min(LONGEST_PREFIX, 1 << max(0, room.bit_length() - 1)) if room > 0 else 0
 
 
 def start_token(model: Model) -> int:
