@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing written")
     arguments = parser.parse_args()
-    steps, rounds = (CHUNK, 2) if arguments.quick else (CHUNK, 9)
+    steps, rounds = (CHUNK, 2) if arguments.quick else (CHUNK, 7)
     model = gpt2(12)
     rng = np.random.default_rng(0)
     short, long = (rng.integers(0, model.config.vocab_size, n).tolist() for n in (PROMPT_TOKENS, LONG_PROMPT))
