@@ -163,7 +163,8 @@ class Ledger:
         seen = part.slots + part.tokens + part.resting
         for layer in self.costs.layers[part.start : part.stop]:
             whole = layer.flops + self.costs.attention_flops_per_slot * seen
-            flops += part.rows * (part.tokens * whole + part.resting * (whole if shallow else layer.kv_flops))
+            resting = {"shallow": whole, "frozen": layer.kv_flops}.get(self.structure.kv_rule, 0)
+            flops += part.rows * (part.tokens * whole + part.resting * resting)
             read += layer.bytes[self.bits]
             read += layer.bytes[self.structure.shallow_bits] if shallow and part.resting else 0
         return flops, read

@@ -116,7 +116,7 @@ def _layer(
     groups, parts = [(active, k, v)], [block]
     if resting is not None:
         low = at_bits(block, structure.shallow_bits) if structure.kv_rule == "shallow" else block
-        rest_k, rest_v = low.kv(resting.hidden_states, resting.positions)
+        rest_k, rest_v = low.kv(resting.hidden_states, resting.positions)  # under `zero` only their shapes survive
         if structure.kv_rule == "zero":
             rest_k, rest_v = jnp.zeros_like(rest_k), jnp.zeros_like(rest_v)
         groups.append((resting, rest_k, rest_v))
