@@ -40,20 +40,20 @@ def write_hugging_face(model: Model, raw: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def installed_peers(folder: Path, threads: int, wanted: Sequence[str] = ()) -> dict[str, Generate]:
+def installed_peers(folder: Path, threads: int, wanted: Sequence[str] | None = None) -> dict[str, Generate]:
     """Every peer that is installed, by name such as "ctranslate2 int8"; `wanted` picks among them.
 
     Args:
         folder: what `write_hugging_face` wrote; CTranslate2's own form of it is kept beside.
         threads: how many cores each may use.
-        wanted: names, or nothing for all.
+        wanted: names, or None for all.
     """
     makers: dict[str, Callable[[], Generate]] = {}
     if importlib.util.find_spec("torch"):
         makers |= {f"transformers {d}": lambda d=d: transformers_peer(folder, d, threads) for d in TRANSFORMERS}
         if importlib.util.find_spec("ctranslate2"):
             makers |= {f"ctranslate2 {t}": lambda t=t: ctranslate2_peer(folder, t, threads) for t in CTRANSLATE2}
-    return {name: make() for name, make in makers.items() if not wanted or name in wanted}
+    return {name: make() for name, make in makers.items() if wanted is None or name in wanted}
 
 
 def transformers_peer(folder: Path, dtype: str, threads: int) -> Generate:

@@ -1,12 +1,16 @@
 """The models that speed is measured on: published shapes with random weights, and the reference models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from qs_jax.loading import Model, load
-from qs_jax.models import parse_config, random_network
+from qs_jax.matryoshka.codec import BITS
+from qs_jax.matryoshka.rounding import round_to_nearest
+from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-124m": {
@@ -44,6 +48,18 @@ def random_model(raw: dict[str, Any], name: str, dtype: str = "float32") -> Mode
     """A model of a shape, without a tokenizer."""
     config = parse_config(raw, name)
     return Model(config, random_network(config, seed=0, dtype=dtype), None, jnp.dtype(dtype), name)
+
+
+def nested_model(model: Model, group_size: int = 64) -> Model:
+    """The same model with every kernel as nested codes, rounded to nearest; embedding and head are read at 8 bits."""
+    to_nested = jax.jit(round_to_nearest, static_argnames="group_size")
+    arrays = arrays_by_path(model.network)
+    for path, array in arrays.items():
+        if path.endswith(".kernel") or path == "embedding.table":
+            kernel = to_nested(array, group_size=group_size)
+            least = BITS[-1] if path.startswith("blocks.") else BITS[0]
+            arrays[path] = replace(kernel, least=least, dtype=model.dtype)
+    return replace(model, network=network_from_arrays(model.config, arrays, dtype=model.dtype))
 
 
 def model_named(name: str, dtype: str = "float32") -> Model:

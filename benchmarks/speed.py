@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.harness import RESULTS, environment, interleaved, median_ratio, summary, write_result
 from benchmarks.peers import Generate, Prompts, installed_peers, write_hugging_face
-from benchmarks.shapes import SHAPES, model_named
+from benchmarks.shapes import SHAPES, model_named, nested_model
 from qs_jax.adaptive.ledger import Costs
 from qs_jax.console import reporting_errors
 from qs_jax.evaluation.benchmark import measured_bandwidth
@@ -37,6 +37,15 @@ _COMPARED_TOKENS = 8
 def our_generate(model: Model, **settings: Any) -> Generate:
     """Our side of the comparison."""
     return lambda prompts, new: generate(model, prompts, max_new_tokens=new, eos_token_id=[], **settings).tokens
+
+
+def our_sides(model: Model, bits: Sequence[int], policies: Sequence[str]) -> dict[str, Generate]:
+    """The dense model, the same weights as nested codes read at each of `bits`, and every policy."""
+    sides = {OURS: our_generate(model)}
+    if bits:
+        nested = nested_model(model)
+        sides |= {f"qs_jax {b}-bit": our_generate(nested, bits=b) for b in bits}
+    return sides | {f"qs_jax {policy}": our_generate(model, policy=policy) for policy in policies}
 
 
 def random_prompts(model: Model, batch: int, tokens: int) -> Prompts:
@@ -132,14 +141,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", nargs="*", default=[], help="only these, such as 'ctranslate2 int8'; none: all")
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 4], help="also our nested codes at these")
+    parser.add_argument("--policy", nargs="*", default=[], help="also our adaptive decoding under these")
+    parser.add_argument("--peers", nargs="*", default=None, help="only these, such as 'ctranslate2 int8'")
     parser.add_argument("--quick", action="store_true", help="two rounds of 16 steps, nothing written")
     arguments = parser.parse_args(argv)
     steps, rounds = (16, 2) if arguments.quick else (arguments.steps, arguments.rounds)
     threads = environment()["cores"]
     with reporting_errors(debug=True), tempfile.TemporaryDirectory() as folder:
         model = model_named(arguments.model)
-        sides: dict[str, Generate] = {OURS: our_generate(model)}
+        sides = our_sides(model, arguments.bits, arguments.policy)
         if arguments.model in SHAPES:
             source = write_hugging_face(model, SHAPES[arguments.model], Path(folder) / "model")
             sides |= installed_peers(source, threads, arguments.peers)
