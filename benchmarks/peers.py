@@ -26,7 +26,9 @@ CTRANSLATE2 = ("float32", "int8")
 
 
 def write_hugging_face(model: Model, raw: dict[str, Any], folder: Path) -> Path:
-    """The model as a Hugging Face folder, with a tokenizer in which token i is spelt `t<i>`."""
+    """The model as a Hugging Face folder, unless it is there, with a tokenizer in which token i is spelt `t<i>`."""
+    if (folder / "tokenizer_config.json").is_file():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw), "utf-8")
     tensors = to_hugging_face(arrays_by_path(model.network), model.config)

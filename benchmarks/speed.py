@@ -144,23 +144,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 4], help="also our nested codes at these")
     parser.add_argument("--policy", nargs="*", default=[], help="also our adaptive decoding under these")
     parser.add_argument("--peers", nargs="*", default=None, help="only these, such as 'ctranslate2 int8'")
+    parser.add_argument("--folder", type=Path, help="keep the peers' copies of the weights here, for the next call")
     parser.add_argument("--quick", action="store_true", help="two rounds of 16 steps, nothing written")
     arguments = parser.parse_args(argv)
     steps, rounds = (16, 2) if arguments.quick else (arguments.steps, arguments.rounds)
     threads = environment()["cores"]
-    with reporting_errors(debug=True), tempfile.TemporaryDirectory() as folder:
+    with reporting_errors(debug=True), tempfile.TemporaryDirectory() as temporary:
         model = model_named(arguments.model)
         sides = our_sides(model, arguments.bits, arguments.policy)
         if arguments.model in SHAPES:
-            source = write_hugging_face(model, SHAPES[arguments.model], Path(folder) / "model")
+            folder = (arguments.folder or Path(temporary)) / arguments.model
+            source = write_hugging_face(model, SHAPES[arguments.model], folder)
             sides |= installed_peers(source, threads, arguments.peers)
-        if arguments.study == "decode":
-            rows, key = [decode_row(model, sides, batch, steps, rounds) for batch in arguments.batch], "batch"
-        else:
-            rows, key = [prefill_row(model, sides, tokens, rounds) for tokens in arguments.tokens], "tokens"
-        print(table(rows, key))
-        if not arguments.quick:
-            print(add_rows(arguments.model, arguments.study, key, rows))
+        key = "batch" if arguments.study == "decode" else "tokens"
+        for value in getattr(arguments, key):
+            if arguments.study == "decode":
+                row = decode_row(model, sides, value, steps, rounds)
+            else:
+                row = prefill_row(model, sides, value, rounds)
+            print(table([row], key), flush=True)
+            if not arguments.quick:
+                print(add_rows(arguments.model, arguments.study, key, [row]), flush=True)
 
 
 if __name__ == "__main__":

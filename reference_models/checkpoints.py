@@ -33,6 +33,10 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(_flat(state)), progress=ocp.args.JsonSave(progress))
         self._manager.save(step, args=items, force=True)
 
+    def delete(self, step: int) -> None:
+        """Remove one state, so that another can be saved as that step; the one before it stays."""
+        self._manager.delete(step)
+
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
         """The newest state, in the structure and shapes of `template`, and its progress.
 

@@ -6,7 +6,6 @@ python -m reference_models.demo
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -18,13 +17,16 @@ from convert.source import Source
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.generation import GenerateOutput, generate
-from qs_jax.generation_config import Policy
 from qs_jax.loading import Model, load
 
 MODEL = Path(__file__).parent / "llama"
 PROMPTS = (
-    "Once upon a time, there was a little girl named Lily. She",
-    "One day, Tom and his mom went to the park. They",
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine with her dog. "
+    "One day, Lily and her dog went to the park. They saw a big tree with many red apples. Lily was very happy. "
+    'She said, "Look, there are so many apples!" Her mom smiled and said, "Yes, Lily. You can take one." Lily',
+    "One day, a boy named Tom found a small box in the garden. He was very excited and wanted to see what was inside. "
+    'He ran to his mom and showed her the box. His mom looked at it and said, "Be careful, Tom. Let us open it '
+    'together." Tom sat down on the soft grass and they opened the box. Inside, they saw',
 )
 SETTINGS = {"max_new_tokens": 96, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 1}
 WAYS = {"dense": "off", "QuickSilver": "balanced"}
@@ -83,9 +85,8 @@ def main() -> None:
     console = Console()
     with reporting_errors(debug=False), tempfile.TemporaryDirectory() as folder:
         model = converted(Path(folder) / "llama", console)
-        ways = {name: policy for name, policy in WAYS.items() if policy in get_args(Policy)}
         outputs = {}
-        for name, policy in ways.items():
+        for name, policy in WAYS.items():
             with console.status(f"compiling {name} …"):
                 generate(model, PROMPTS, policy=policy, **SETTINGS)
             outputs[name] = generate(model, PROMPTS, policy=policy, **SETTINGS)

@@ -18,6 +18,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.console import progress as progress_bar
 from qs_jax.models import random_network
 from reference_models.checkpoints import Checkpoints
+from reference_models.data import DataError
 from reference_models.recipe import Phase, Recipe
 from reference_models.step import make_train_step, optimizer, total_loss
 from reference_models.tokens import Mixture
@@ -75,6 +76,14 @@ class Trainer:
                     saved = time.monotonic()
         self.save()
         return self.progress["step"] >= total or self._out_of_patience()
+
+    def validate(self) -> None:
+        """Validate where the run stands: the weights it was stopped at become the best ones if they are."""
+        if self.progress["step"] == 0:
+            raise DataError(f"{self.folder}: nothing is trained yet; run it first")
+        self._validate(self.progress["steps"])
+        self.checkpoints.delete(self.progress["step"])
+        self.save()
 
     def save(self) -> None:
         if self.checkpoints.latest != self.progress["step"]:

@@ -23,6 +23,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 Tokens = Annotated[Path, typer.Option(help="Folder of packed tokens that `prepare` wrote.")]
 WorkDir = Annotated[Path, typer.Option(help="Folder of the run: checkpoints, best weights, loss log. Not in git.")]
+ConfigFile = Annotated[Path, typer.Option(help="Hugging Face config.json of the model.")]
+RecipeFile = Annotated[Path, typer.Option(help="How to train it.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -40,8 +42,8 @@ def prepare(tokens: Tokens, debug: Debug = False) -> None:
 def run(
     tokens: Tokens,
     work_dir: WorkDir,
-    config: Annotated[Path, typer.Option(help="Hugging Face config.json of the model.")],
-    recipe: Annotated[Path, typer.Option(help="How to train it.")],
+    config: ConfigFile,
+    recipe: RecipeFile,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the run; on resume it may change.")] = None,
     hours: Annotated[
         float | None, typer.Option(min=0.001, help="Or: as many steps as fit in this much compute.")
@@ -54,6 +56,15 @@ def run(
         trainer = open_trainer(tokens, work_dir, config, recipe)
         complete = trainer.run(steps=steps, hours=hours, checkpoint_minutes=checkpoint_minutes)
         print_json({"complete": complete, **trainer.progress})
+
+
+@app.command()
+def validate(tokens: Tokens, work_dir: WorkDir, debug: Debug = False) -> None:
+    """Validate a run that was stopped: its last weights become the best ones, for export, if they are."""
+    with reporting_errors(debug):
+        trainer = open_trainer(tokens, work_dir, work_dir / "config.json", work_dir / "recipe.json")
+        trainer.validate()
+        print_json(trainer.progress)
 
 
 @app.command()

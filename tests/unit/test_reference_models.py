@@ -212,6 +212,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(finished: Trainer, token
         np.testing.assert_array_equal(resumed, straight)
 
 
+def test_a_stopped_run_is_validated_where_it_stands(tokens: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trainer = start(tokens, folder)
+    interrupt_after(trainer, 3)
+    trainer.run(steps=STEPS)
+    assert trainer.best.latest == 2
+    trainer.validate()
+    resumed = start(tokens, folder)
+    assert resumed.progress["step"] == resumed.best.latest == 3
+    assert resumed.progress["best"] == pytest.approx(log_of(folder)[-1]["validation_mean"])
+
+
 def test_patience_ends_a_run(tokens: Path, tmp_path: Path) -> None:
     trainer = start(tokens, tmp_path / "run", peak_learning_rate=1e-12, patience=1)
     assert trainer.run(steps=STEPS)
