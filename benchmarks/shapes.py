@@ -40,8 +40,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "llama-2-7b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
-"""OpenAI's GPT-2 small, and TinyLlama 1.1B."""
+"""OpenAI's GPT-2 small, TinyLlama 1.1B, and Llama-2-7B with its context doubled, so that 4,096 tokens leave room."""
 
 
 def random_model(raw: dict[str, Any], name: str, dtype: str = "float32") -> Model:
