@@ -1,0 +1,87 @@
+"""docs/speed.md and its figure, from whatever result files are there. Measures nothing.
+
+python -m benchmarks.speed_report
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+from benchmarks.plots import Panel, draw
+from benchmarks.speed import OURS, table
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A result file, or None where it is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def decode_panel(result: dict[str, Any]) -> Panel:
+    """Time per step of every side against the batch."""
+    rows = result["decode"]
+    names = list(dict.fromkeys(name for row in rows for name in row["sides"]))
+    lines = {}
+    for name in names:
+        points = [(row["batch"], row["sides"][name]["median_ms"]) for row in rows if name in row["sides"]]
+        lines[name] = ([batch for batch, _ in points], [ms for _, ms in points])
+    return Panel(result["model"], "batch", "ms per step", lines, log_x=True, log_y=True)
+
+
+def section(result: dict[str, Any]) -> str:
+    """One model's tables. Sides are those of the row that has the fewest, so that every cell was measured."""
+    machine = result["environment"]
+    parts = [
+        f"## {result['model']}\n\n{machine['cpu']}, {machine['cores']} cores, float32 unless the side says otherwise.\n"
+    ]
+    for study, key, title in (("decode", "batch", "A decode step"), ("prefill", "tokens", "Time to the first token")):
+        rows = result.get(study, [])
+        if rows:
+            shared = set.intersection(*(set(row["sides"]) for row in rows))
+            kept = [{**row, "sides": {n: s for n, s in row["sides"].items() if n in shared}} for row in rows]
+            parts.append(f"{title}; in brackets, how many times faster qs_jax's float32 is:\n\n{table(kept, key)}\n")
+    shares = ", ".join(f"{row['bandwidth_fraction']:.0%} at batch {row['batch']}" for row in result.get("decode", []))
+    if shares:
+        parts.append(f"Share of the memory bandwidth measured in the same run that {OURS} reaches: {shares}.\n")
+    return "\n".join(parts)
+
+
+def page(results: list[dict[str, Any]], overhead: dict[str, Any] | None, scaling: dict[str, Any] | None) -> str:
+    """docs/speed.md."""
+    parts = [_INTRODUCTION, *(section(result) for result in results)]
+    if overhead:
+        host, share = overhead["host_per_chunk"]["median_ms"], overhead["share"]
+        parts.append(
+            f"## Between chunks\n\nThe host costs {host:.2f} ms per chunk of 32 steps, {share:.2%} of the time "
+            "(`python -m benchmarks.host_overhead`).\n"
+        )
+    if scaling:
+        parts.append(
+            "## How it scales\n\n![scaling](scaling.png)\n\n`python -m benchmarks.scaling`, one process per point.\n"
+        )
+    return "\n".join(parts)
+
+
+_INTRODUCTION = """# Speed
+
+Against what a user would run instead, on the same weights, greedily, all cores, interleaved rounds, medians;
+`benchmarks/results/speed_*.json` holds versions, dates and spreads. `python -m benchmarks.speed decode` and `prefill`
+measure, `python -m benchmarks.speed_report` writes this page.
+
+![speed](speed.png)
+"""
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
+    draw([decode_panel(result) for result in results if result.get("decode")], DOCS / "speed.png")
+    (DOCS / "speed.md").write_text(page(results, read("host_overhead"), read("scaling")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The pure parts of the speed benchmarks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.gpu import descend
+from benchmarks.host_overhead import host_seconds_per_chunk
+from benchmarks.scaling import BASE, panels, points
+from benchmarks.shapes import nested_model
+from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
+from benchmarks.speed_report import decode_panel, page
+from qs_jax.matryoshka.kernel import NestedKernel
+from tests.tiny import tiny_model
+
+
+def row(batch: int, ours: float, theirs: float) -> dict:
+    sides = compared({OURS: [ours], "peer": [theirs]})
+    return {"batch": batch, "sides": sides, "bandwidth_fraction": 0.5}
+
+
+def test_a_ratio_is_the_median_of_ratios_round_by_round() -> None:
+    sides = compared({OURS: [1.0, 2.0, 4.0], "peer": [3.0, 4.0, 4.0]})
+    assert sides["peer"]["speedup"] == 2.0
+    assert sides["peer"]["median_ms"] == 4000.0
+    assert sides[OURS]["speedup"] == 1.0
+
+
+def test_a_step_is_what_a_long_request_costs_beyond_a_short_one() -> None:
+    asked = []
+    sides = {OURS: lambda prompts, new: asked.append(new)}
+    seconds = seconds_per_step(sides, [[1]], 16, 2)
+    assert asked == [17, 1] * 3
+    assert len(seconds[OURS]) == 2
+
+
+def test_sides_that_disagree_or_fall_short_are_seen() -> None:
+    sides = {OURS: lambda p, n: [[1] * n], "half": lambda p, n: [[1] * (n // 2) + [2] * (n - n // 2)]}
+    assert agreement(sides, [[1]]) == {OURS: 1.0, "half": 0.5}
+    with pytest.raises(AssertionError, match="different numbers"):
+        agreement({**sides, "short": lambda p, n: [[1]]}, [[1]])
+
+
+def test_new_rows_replace_old_ones_in_order() -> None:
+    rows = merged([{"batch": 8, "v": 1}, {"batch": 1, "v": 1}], [{"batch": 8, "v": 2}, {"batch": 2, "v": 2}], "batch")
+    assert rows == [{"batch": 1, "v": 1}, {"batch": 2, "v": 2}, {"batch": 8, "v": 2}]
+
+
+def test_the_page_shows_sides_that_every_row_has() -> None:
+    result = {"model": "m", "environment": {"cpu": "c", "cores": 2}, "decode": [row(1, 0.02, 0.03), row(8, 0.1, 0.3)]}
+    result["decode"][1]["sides"]["once"] = result["decode"][1]["sides"]["peer"]
+    text = page([result], {"host_per_chunk": {"median_ms": 0.25}, "share": 0.01}, None)
+    assert "| 1 | 20.0 (1.00 ×) | 30.0 (1.50 ×) |" in text
+    assert "once" not in text
+    assert "0.25 ms per chunk" in text
+    assert decode_panel(result).lines["once"] == ([8], [300.0])
+    assert table(result["decode"][:1], "batch").startswith(f"| batch | {OURS}, ms | peer, ms |")
+
+
+def test_an_axis_varies_one_setting() -> None:
+    varied = points("batch")
+    assert [point["batch"] for point in varied] == [1, 2, 4, 8, 16, 32]
+    assert all({**point, "batch": 1} == BASE for point in varied)
+    rows = [{**point, "decode_ms_per_step": 1.0, "compile_s": 2.0, "peak_rss_mb": 3000.0} for point in varied]
+    step, other = panels({"batch": rows})
+    assert step.lines["step"][1] == [1.0] * 6
+    assert other.lines["peak memory, GB"][1] == [3.0] * 6
+
+
+def test_the_hosts_share_follows_from_two_chunk_sizes() -> None:
+    step, host = 0.02, 0.003
+    assert host_seconds_per_chunk(step + host / 32, step + host / 8) == pytest.approx(host)
+
+
+def test_nested_shapes_hold_the_same_weights() -> None:
+    model = tiny_model("llama")
+    nested = nested_model(model, group_size=16)
+    assert isinstance(nested.network.blocks[0].q.kernel.get_value(), NestedKernel)
+    plain = np.asarray(model.network.blocks[0].q.kernel.get_value())
+    read = np.asarray(nested.network.blocks[0].q.kernel.get_value().dequantise(8))
+    np.testing.assert_allclose(read, plain, atol=np.abs(plain).max() / 100)
+    assert nested.network.embedding.table.get_value().least == 8
+
+
+def test_segments_that_run_are_the_layers_without_conditionals() -> None:
+    model = tiny_model("gpt2")
+    hidden = jax.random.normal(jax.random.key(0), (1, 1, model.config.hidden_size))
+    plain = descend(model.network, hidden, jnp.array([True]), size=0)
+    behind = descend(model.network, hidden, jnp.array([True, True]), size=1)
+    np.testing.assert_allclose(plain, behind, rtol=1e-5)
+    skipped = descend(model.network, hidden, jnp.array([False, False]), size=1)
+    np.testing.assert_allclose(skipped, hidden / jnp.sqrt(jnp.square(hidden).mean()), rtol=1e-4)
