@@ -147,7 +147,7 @@ def torch(model: Model, smoke: bool) -> dict[str, Any] | None:
     if device == "cuda":
         ways["compiled"] = {"cache_implementation": "static"}
     steps, rounds = (16, 1) if smoke else (128, 3)
-    result = {"device": device}
+    result: dict[str, Any] = {"device": device}
     for batch in (1,) if smoke else (1, 8, 32):
         for way, settings in ways.items():
             calls = {str(n): partial(request, batch, n, **settings) for n in (steps + 1, 1)}

@@ -125,10 +125,11 @@ def add_rows(model: str, study: str, key: str, new: list[dict[str, Any]]) -> Pat
 
 def table(rows: list[dict[str, Any]], key: str) -> str:
     """Rows as a Markdown table: milliseconds of every side, and in brackets how many times faster we are."""
-    names = [OURS, *(name for name in rows[0]["sides"] if name != OURS)]
+    names = list(dict.fromkeys([OURS, *(name for row in rows for name in row["sides"])]))
     lines = [f"| {key} | " + " | ".join(f"{name}, ms" for name in names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in rows:
-        cells = [f"{s['median_ms']:.1f} ({s['speedup']:.2f} ×)" for s in (row["sides"][name] for name in names)]
+        sides = [row["sides"].get(name) for name in names]
+        cells = [f"{side['median_ms']:.1f} ({side['speedup']:.2f} ×)" if side else "–" for side in sides]
         lines.append(f"| {row[key]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -33,7 +33,7 @@ def decode_panel(result: dict[str, Any]) -> Panel:
 
 
 def section(result: dict[str, Any]) -> str:
-    """One model's tables. Sides are those of the row that has the fewest, so that every cell was measured."""
+    """One model's tables; a dash where a side was not measured."""
     machine = result["environment"]
     parts = [
         f"## {result['model']}\n\n{machine['cpu']}, {machine['cores']} cores, float32 unless the side says otherwise.\n"
@@ -41,9 +41,7 @@ def section(result: dict[str, Any]) -> str:
     for study, key, title in (("decode", "batch", "A decode step"), ("prefill", "tokens", "Time to the first token")):
         rows = result.get(study, [])
         if rows:
-            shared = set.intersection(*(set(row["sides"]) for row in rows))
-            kept = [{**row, "sides": {n: s for n, s in row["sides"].items() if n in shared}} for row in rows]
-            parts.append(f"{title}; in brackets, how many times faster qs_jax's float32 is:\n\n{table(kept, key)}\n")
+            parts.append(f"{title}; in brackets, how many times faster qs_jax's float32 is:\n\n{table(rows, key)}\n")
     shares = ", ".join(f"{row['bandwidth_fraction']:.0%} at batch {row['batch']}" for row in result.get("decode", []))
     if shares:
         parts.append(f"Share of the memory bandwidth measured in the same run that {OURS} reaches: {shares}.\n")
