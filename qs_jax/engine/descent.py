@@ -258,7 +258,8 @@ def _decide(
         probed = jnp.where(running.any(), running.shape[0], 0).astype(jnp.int32)
     if chooses:
         bits = choose_bits(entropy, thresholds.two_below, thresholds.four_below)
-        rows = rows._replace(bits=jnp.where(context.protected, FULL, bits))
+        # a row that has halted keeps its bits: whether its entropy was taken at all depends on its batch mates
+        rows = rows._replace(bits=jnp.where(running, jnp.where(context.protected, FULL, bits), rows.bits))
     if halting:
         values = {name: _value(name, ran, context, entropy, layer) for name in halting.reads}
         halt = halts(halting, values, thresholds.decode_halt[layer], thresholds.decode_entropy, context.protected)
