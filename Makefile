@@ -28,7 +28,7 @@ demo: $(VENV)/package ## convert a model and generate from it
 	@$(BIN)/python -m reference_models.demo
 
 test: $(VENV)/dev ## the quick tests, a few minutes on two cores
-	@$(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS)
+	@$(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS) --dist loadgroup
 
 test-slow: $(VENV)/dev ## the tests that take minutes
 	@$(BIN)/python -m pytest -m 'slow and not parity' || test $$? -eq 5

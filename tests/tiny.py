@@ -1,5 +1,6 @@
 """Small random models with a healthy spread of logits: they prove plumbing, not quality."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qs_jax.loading import Model
-from qs_jax.models import parse_config, random_network
+from qs_jax.matryoshka.rounding import round_to_nearest
+from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network
 
 CONFIGS = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
@@ -31,8 +33,18 @@ PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
 
 
 @cache
-def tiny_model(name: str) -> Model:
+def tiny_model(name: str, layers: int = 2) -> Model:
     """A random model without a tokenizer; matrices eight times the usual size, so that tokens differ."""
-    config = parse_config(CONFIGS[name], name)
+    config = replace(parse_config(CONFIGS[name], name), num_hidden_layers=layers)
     network = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim == 2 else leaf, random_network(config, seed=0))
-    return Model(config, network, None, jnp.dtype("float32"), f"tiny {name}")
+    return Model(config, network, None, jnp.dtype("float32"), f"tiny {name} of {layers} layers")
+
+
+def quantised(model: Model) -> Model:
+    """The model with every block's kernels quantised."""
+    arrays = {
+        path: round_to_nearest(array, group_size=16) if path.startswith("blocks.") and array.ndim == 2 else array
+        for path, array in arrays_by_path(model.network).items()
+    }
+    network = network_from_arrays(model.config, arrays, dtype=model.dtype)
+    return replace(model, network=network, name=f"quantised {model.name}")

@@ -18,8 +18,8 @@ from qs_jax.matryoshka.codec import BITS, pack, slice_of, unpack
 from qs_jax.matryoshka.kernel import NestedKernel, nested_kernel
 from qs_jax.matryoshka.linear import at_bits, has_planes, is_nested, nested_product, plane_bytes, weights
 from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest
-from qs_jax.models import arrays_by_path, forward, network_from_arrays
-from tests.tiny import PROMPTS, tiny_model
+from qs_jax.models import arrays_by_path, forward
+from tests.tiny import PROMPTS, quantised, tiny_model
 from tests.unit.test_conversion import assert_refused, run, write_folder
 
 rng = np.random.default_rng(0)
@@ -122,16 +122,6 @@ def test_a_pinned_kernel_is_always_read_at_eight_bits() -> None:
     for bits in (2, jnp.asarray([2, 4])):
         np.testing.assert_array_equal(nested_product(x, kernel.at(bits)), nested_product(x, kernel.at(8)))
     assert kernel.at(2).nbytes == kernel.nbytes
-
-
-def quantised(model: Model) -> Model:
-    """The model with every block's kernels quantised."""
-    arrays = {
-        path: round_to_nearest(array, group_size=16) if path.startswith("blocks.") and array.ndim == 2 else array
-        for path, array in arrays_by_path(model.network).items()
-    }
-    network = network_from_arrays(model.config, arrays, dtype=model.dtype)
-    return replace(model, network=network, name=f"quantised {model.name}")
 
 
 @pytest.fixture(params=("gpt2", "llama"), scope="module")

@@ -1,0 +1,71 @@
+"""With every mechanism off, or on and neutral, the engine is the dense model to the last bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qs_jax.adaptive.policy import Policy
+from qs_jax.cache import allocate, append, segment
+from qs_jax.loading import Model
+from tests.invariants.cases import LAYERS, QUICK, THE_REST, Case, each, neutral, on
+from tests.invariants.running import Run, run
+from tests.tiny import tiny_model
+
+PROMPT = np.random.default_rng(2).integers(12, 97, 16).tolist()
+NEW_TOKENS = 7
+CHUNK = 4
+CAPACITY = 64
+
+
+def dense(model: Model, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities, from the model's own parts and nothing of the engine."""
+
+    @jax.jit
+    def step(network, cache, tokens, positions):
+        hidden_states = network.embed(tokens, positions)
+        after = []
+        for block, layer in zip(network.blocks, cache, strict=True):
+            past = () if tokens.shape[1] > 1 else (segment(layer),)
+            hidden_states, k, v, _ = block.run(hidden_states, positions, past)
+            after.append(append(layer, k, v, positions, jnp.ones(tokens.shape, bool)))
+        return network.head(hidden_states[:, -1]), tuple(after)
+
+    cache = tuple(allocate(model.config, 1, CAPACITY, model.dtype) for _ in model.network.blocks)
+    pending, position, tokens, logprobs = prompt, 0, [], []
+    for _ in range(new_tokens):
+        positions = jnp.arange(position, position + len(pending), dtype=jnp.int32)[None]
+        logits, cache = step(model.network, cache, jnp.asarray([pending]), positions)
+        position += len(pending)
+        pending = [int(logits.argmax())]
+        tokens += pending
+        logprobs.append(float(logits[0, pending[0]] - jax.nn.logsumexp(logits)))
+    return tokens, logprobs
+
+
+def off(model: Model) -> Run:
+    return run(model, Policy.off(), [PROMPT], NEW_TOKENS, chunk_size=CHUNK)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on(name)) for name in ("gpt2", "llama")])
+def test_off_is_dense(name: str) -> None:
+    model = tiny_model(name, LAYERS)
+    engine = off(model)
+    assert (engine.tokens[0], engine.logprobs[0]) == dense(model, PROMPT, NEW_TOKENS)
+    assert engine.layers_run[0] == [LAYERS] * NEW_TOKENS
+    ledger = engine.session.ledger.to_json()
+    for name in ("flops", "weight_bytes", "kv_slots"):
+        assert ledger[name] == ledger[f"{name}_off"]
+    assert ledger["probe_flops"] == 0
+
+
+@each(QUICK, slow=THE_REST)
+def test_neutral_is_off(case: Case) -> None:
+    model = case.model
+    expected, engine = off(model), run(model, neutral(case), [PROMPT], NEW_TOKENS, chunk_size=CHUNK)
+    assert engine.tokens == expected.tokens
+    assert engine.logprobs == expected.logprobs
+    assert engine.layers_run == expected.layers_run
+    for ours, theirs in zip(engine.slots, expected.slots, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert engine.session.ledger.to_json()["layers_run_mean"] == LAYERS

@@ -1,0 +1,112 @@
+"""The engine decides and computes what the slow numpy decoder does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from qs_jax.engine import prefill, session
+from qs_jax.loading import load
+from qs_jax.tokenizer import Tokenizer
+from tests.invariants.cases import (
+    GPT2_FROZEN,
+    KINDS,
+    LLAMA_DROP,
+    QUICK,
+    THE_REST,
+    Case,
+    any_case,
+    each,
+    halfway,
+    on,
+    policies,
+    prompts,
+    with_thresholds,
+)
+from tests.invariants.running import DECIDED, assert_same, assert_same_slots, imagine, run
+
+NEW_TOKENS = 7
+CHUNK = 4
+
+
+def check(case: Case, data: st.DataObject, longest: int) -> None:
+    policy, prompt = data.draw(policies(case)), data.draw(prompts(longest))
+    text = data.draw(st.just([]) | st.lists(st.integers(0, 96), min_size=NEW_TOKENS, max_size=NEW_TOKENS))
+    oracle = imagine(case.model, policy, prompt, NEW_TOKENS, text)
+    assume(oracle.margin > DECIDED)
+    engine = run(case.model, policy, [prompt], NEW_TOKENS, chunk_size=CHUNK, forced=[text] if text else None)
+    assert_same(engine, 0, oracle)
+    assert_same_slots(engine, oracle, CHUNK)
+
+
+@each(QUICK, slow=THE_REST)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_engine_is_oracle(case: Case, data: st.DataObject) -> None:
+    check(case, data, 16)
+
+
+@pytest.mark.slow
+@each((*QUICK, *THE_REST))
+@settings(max_examples=60)
+@given(data=st.data())
+def test_engine_is_oracle_on_longer_prompts(case: Case, data: st.DataObject) -> None:
+    check(case, data, 40)
+
+
+@pytest.mark.slow
+@settings(max_examples=10)
+@given(data=st.data())
+def test_engine_is_oracle_under_any_policy(data: st.DataObject) -> None:
+    check(data.draw(any_case()), data, 16)
+
+
+@each((GPT2_FROZEN,), slow=(LLAMA_DROP,))
+def test_prompts_really_shrink(case: Case) -> None:
+    """From 32 places to smaller buckets, with the same result."""
+    prompt = np.random.default_rng(5).integers(12, 97, 30).tolist()
+    policy = halfway(case, 0.6)
+    engine = run(case.model, policy, [prompt], NEW_TOKENS, chunk_size=CHUNK)
+    assert engine.session.prefilled is not None
+    places = [stage.tokens for stage in engine.session.prefilled.passes]
+    assert places[0] == 32 > places[1] >= places[2]
+    oracle = imagine(case.model, policy, prompt, NEW_TOKENS)
+    assert oracle.margin > DECIDED
+    assert_same(engine, 0, oracle)
+    assert_same_slots(engine, oracle, CHUNK)
+
+
+@on("gpt2")
+def test_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later pieces see the slots of earlier ones; fusion stays within a piece."""
+    case, prompt = GPT2_FROZEN, np.random.default_rng(6).integers(12, 97, 40).tolist()
+    for module in (prefill, session):
+        monkeypatch.setattr(module, "PIECE", 16)
+    policy = halfway(case, 0.5)
+    oracle = imagine(case.model, policy, prompt, NEW_TOKENS, piece=16)
+    assert oracle.margin > DECIDED
+    engine = run(case.model, policy, [prompt], NEW_TOKENS, chunk_size=CHUNK)
+    assert_same(engine, 0, oracle)
+    assert_same_slots(engine, oracle, CHUNK)
+
+
+@on("stories260K")
+def test_a_trained_model(data_dir: Path) -> None:
+    """Halting, dropped slots and fusion on stories260K, whose hidden states are not random."""
+    folder = data_dir / "models" / "stories260K"
+    model = load(folder, compilation_cache=False)
+    text = "Once upon a time there was a little girl who liked to play with her dog in the park."
+    prompt = Tokenizer.load(folder).encode(text)
+    case = GPT2_FROZEN
+    values = dict.fromkeys(KINDS, 0.0) | {"prompt_halt": 0.6, "decode_halt": 0.35, "decode_entropy": 1.5, "fuse": 0.4}
+    policy = with_thresholds(case.policy, values)
+    oracle = imagine(model, policy, prompt, 24)
+    assert oracle.margin > DECIDED
+    assert min(oracle.prompt_layers_run) == 2
+    assert min(step.layers_run for step in oracle.steps) == 3
+    assert max(oracle.fused_with) > 0
+    engine = run(model, policy, [prompt], 24, chunk_size=8)
+    assert_same(engine, 0, oracle)
+    assert_same_slots(engine, oracle, 8)

@@ -1,0 +1,109 @@
+"""What is compiled: nothing twice, nothing more than the policy asks for, and for every platform."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from qs_jax.adaptive.ledger import StagePass
+from qs_jax.adaptive.policy import Policy
+from qs_jax.engine import prefill, session
+from qs_jax.engine.compilation import METER
+from qs_jax.engine.decode import decode_step
+from tests.invariants.cases import (
+    DECODE_LAYERS,
+    GPT2_FROZEN,
+    GPT2_SHALLOW,
+    GPT2_ZERO,
+    LAYERS,
+    LLAMA_DROP,
+    LLAMA_LADDER,
+    QUICK,
+    Case,
+    each,
+    halfway,
+    on,
+)
+from tests.invariants.running import run, step_arguments
+from tests.tiny import tiny_model
+
+PROMPT = np.random.default_rng(7).integers(12, 97, 16).tolist()
+TOKENS = 7
+CHUNK = 4
+PROGRAMS = {prefill: ("enter", "run_stage", "regroup", "leave"), session: ("begin", "decode_chunk")}
+
+
+@contextmanager
+def traced() -> Iterator[list[jax.stages.Traced]]:
+    """Collects every program of the engine that is run, as it was traced."""
+    programs: list[jax.stages.Traced] = []
+
+    def watched(jitted: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            programs.append(jitted.trace(*args, **kwargs))
+            return jitted(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in PROGRAMS.items():
+            for name in names:
+                patch.setattr(module, name, watched(getattr(module, name)))
+        yield programs
+
+
+def lower_everywhere(model: Any, policy: Policy, expected: set[str]) -> None:
+    with traced() as programs:
+        run(model, policy, [PROMPT], 1 + CHUNK, chunk_size=CHUNK)
+    assert {program.fun_name for program in programs} == expected
+    for program in programs:
+        for platform in ("cpu", "cuda", "tpu"):
+            program.lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on(name)) for name in ("gpt2", "llama")])
+def test_dense_programs_lower_for_every_platform(name: str) -> None:
+    lower_everywhere(tiny_model(name, LAYERS), Policy.off(), {"enter", "run_stage", "leave", "begin", "decode_chunk"})
+
+
+@each((GPT2_ZERO, LLAMA_DROP), slow=(GPT2_SHALLOW, LLAMA_LADDER))
+def test_adaptive_programs_lower_for_every_platform(case: Case) -> None:
+    names = {name for part in PROGRAMS.values() for name in part}
+    lower_everywhere(case.model, halfway(case), names)
+
+
+@each(QUICK)
+def test_thresholds_compile_nothing(case: Case) -> None:
+    """As long as the tokens that go on fit the same buckets, which is asserted."""
+
+    def passes(share: float) -> list[StagePass]:
+        prefilled = run(case.model, halfway(case, share), [PROMPT], TOKENS, chunk_size=CHUNK).session.prefilled
+        assert prefilled is not None
+        return prefilled.passes
+
+    warm, before = passes(0.4), METER.reading()
+    for share in (0.45, 0.5, 0.55, 0.6):
+        assert passes(share) == warm
+    assert METER.since(before).programs == 0
+
+
+def conditionals(jaxpr: Any) -> int:
+    """How many conditionals a program holds, those apart that only choose by platform."""
+    count = 0
+    for equation in jaxpr.eqns:
+        decides = equation.primitive.name == "cond" and equation.params.get("branches_platforms") is None
+        inner = [leaf for leaf in jax.tree.leaves(list(equation.params.values())) if hasattr(leaf, "eqns")]
+        count += decides + sum(map(conditionals, inner))
+    return count
+
+
+@on("gpt2")
+def test_a_dense_step_holds_no_conditional() -> None:
+    counts = []
+    for policy in (Policy.off(), GPT2_FROZEN.policy):
+        arguments = step_arguments(tiny_model("gpt2", LAYERS), policy, rows=1, capacity=64)
+        counts.append(conditionals(jax.make_jaxpr(decode_step, static_argnums=4)(*arguments).jaxpr))
+    assert counts == [0, len(DECODE_LAYERS)]
