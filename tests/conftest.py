@@ -1,12 +1,26 @@
-"""Shared by all tests: strict numerics, and where the real data lies."""
+"""Shared by all tests: strict numerics, checked shapes, a cache of compiled programs, and where the real data lies."""
 
 import os
 from pathlib import Path
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+from tests import typechecking
+
+# the faces are left out: they are what refuses a user's wrong types, with messages of their own
+_CHECKED = ("adaptive", "cache", "checkpoint", "engine", "evaluation", "loading", "matryoshka", "models", "tokenizer")
+install_import_hook(["convert", *(f"qs_jax.{name}" for name in _CHECKED)], f"{typechecking.__name__}.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs between runs and share them among workers; the size limit is what makes JAX lock files."""
+    jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "xla"))
+    jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")
