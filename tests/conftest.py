@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -30,3 +31,11 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set QS_JAX_DATA to run this test")
     return folder
+
+
+@pytest.fixture(params=["gpt2", "llama"], scope="module")
+def model(request: pytest.FixtureRequest) -> Any:
+    """A tiny random model of each architecture, without a tokenizer."""
+    from tests.tiny import tiny_model
+
+    return tiny_model(request.param)

@@ -1,13 +1,22 @@
 """Small random models with a healthy spread of logits: they prove plumbing, not quality."""
 
+import json
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from convert.mapping import to_hugging_face
 from qs_jax.loading import Model
-from qs_jax.models import parse_config, random_network
+from qs_jax.models import arrays_by_path, forward, parse_config, random_network
+from qs_jax.tokenizer import Tokenizer
 
 CONFIGS = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
@@ -29,10 +38,50 @@ CONFIGS = {
 _random = np.random.default_rng(0)
 PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
 
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>"
+
+_forward = jax.jit(forward)
+
 
 @cache
-def tiny_model(name: str) -> Model:
-    """A random model without a tokenizer; matrices eight times the usual size, so that tokens differ."""
+def tiny_model(name: str, *, tokenizer: bool = False) -> Model:
+    """A random model; matrices eight times the usual size, so that tokens differ."""
     config = parse_config(CONFIGS[name], name)
     network = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim == 2 else leaf, random_network(config, seed=0))
-    return Model(config, network, None, jnp.dtype("float32"), f"tiny {name}")
+    return Model(config, network, tiny_tokenizer() if tokenizer else None, jnp.dtype("float32"), f"tiny {name}")
+
+
+def reference_logits(model: Model, tokens: list[int]) -> Float[np.ndarray, "tokens vocab"]:
+    """Logits of one sequence by the plain forward pass. Padded on the right, which nothing before it can see."""
+    padded = np.zeros((1, model.config.max_position_embeddings), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_forward(model.network, padded))[0, : len(tokens)]
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, in order, then <s> and </s>: 97 in all, as many as the tiny models have.
+
+    Every text longer than a character lies over several tokens.
+    """
+    characters = {chr(code): code - 32 for code in range(32, 127)}
+    backend = Backend(models.BPE(vocab={**characters, "<s>": 95, "</s>": 96}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer(character_tokenizer())
+
+
+def write_hugging_face(folder: Path, name: str, *, tokenizer: bool = True) -> Path:
+    """A tiny model as a Hugging Face folder."""
+    folder.mkdir(parents=True)
+    model = tiny_model(name)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
+    save_file(to_hugging_face(arrays_by_path(model.network), model.config), folder / "model.safetensors")
+    if tokenizer:
+        character_tokenizer().save_pretrained(folder)
+    return folder
