@@ -1,21 +1,17 @@
 """Small random models with a healthy spread of logits: they prove plumbing, not quality."""
 
-import json
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from convert.mapping import to_hugging_face
 from qs_jax.loading import Model
-from qs_jax.models import arrays_by_path, forward, parse_config, random_network
+from qs_jax.models import forward, parse_config, random_network
 from qs_jax.tokenizer import Tokenizer
 
 CONFIGS = {
@@ -74,14 +70,3 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 @cache
 def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(character_tokenizer())
-
-
-def write_hugging_face(folder: Path, name: str, *, tokenizer: bool = True) -> Path:
-    """A tiny model as a Hugging Face folder."""
-    folder.mkdir(parents=True)
-    model = tiny_model(name)
-    (folder / "config.json").write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
-    save_file(to_hugging_face(arrays_by_path(model.network), model.config), folder / "model.safetensors")
-    if tokenizer:
-        character_tokenizer().save_pretrained(folder)
-    return folder

@@ -57,7 +57,9 @@ def programs(model: Model, plan: SamplingPlan) -> dict[str, Callable[[], Any]]:
     return {
         "engine.prefill.extend (fresh)": partial(extend, fresh=True),
         "engine.prefill.extend": partial(extend, fresh=False),
-        "engine.decode.begin": partial(decode.begin.trace, logits, cache, row, row, keys, seen, settings, eos, plan=plan),
+        "engine.decode.begin": partial(
+            decode.begin.trace, logits, cache, row, row, keys, seen, settings, eos, plan=plan
+        ),
         "engine.decode.decode_chunk": partial(
             decode.decode_chunk.trace, network, state, settings, eos, plan=plan, steps=8
         ),
@@ -67,7 +69,9 @@ def programs(model: Model, plan: SamplingPlan) -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("plan", [SamplingPlan(), SamplingPlan(do_sample=True, penalise=True)], ids=["greedy", "sample"])
+@pytest.mark.parametrize(
+    "plan", [SamplingPlan(), SamplingPlan(do_sample=True, penalise=True)], ids=["greedy", "sample"]
+)
 def test_every_program_lowers_for_every_platform(model: Model, plan: SamplingPlan) -> None:
     for name, trace in programs(model, plan).items():
         traced = trace()
