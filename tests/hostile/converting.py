@@ -2,7 +2,7 @@
 
     python -m tests.hostile.converting
 
-Reads lines of JSON {"source", "target", "overwrite", "file_limit", "log"} and answers each with the process id of the fork.
+Reads lines of JSON {"source", "target", "overwrite", "file_limit", "log"} and answers each with the fork's process id.
 No backend of JAX is started here, so that forking is safe.
 """
 

@@ -23,9 +23,7 @@ from tests.unit.test_conversion import assert_same_weights, run
 Count = Callable[[str, int], None]
 KILLS = 60
 
-needs_fork = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="forks and counts file sizes as Linux does"
-)
+needs_fork = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and limits files as Linux does")
 
 
 class Converter:
