@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from convert.mapping import Plan, Rule, plan, table_for
 from convert.source import Source, read_json
 from qs_jax.checkpoint import part_of
 from qs_jax.config import ModelConfig, read_config_json
+from qs_jax.errors import CheckpointError
 from qs_jax.models import abstract_arrays, parse_config
 
 
@@ -60,6 +62,19 @@ def _running_order(part: str) -> tuple[int, int, str]:
     kind, _, number = part.partition(".")
     stage = 0 if "embedding" in kind else 1 if kind == "blocks" else 2
     return stage, int(number or 0), part
+
+
+def stored_as(array: np.ndarray, dtype: Any, path: str) -> np.ndarray:
+    """The array in another dtype, contiguous.
+
+    Raises:
+        CheckpointError: a weight is too large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(array, dtype)
+    if stored.dtype != array.dtype and not np.isfinite(stored).all():
+        raise CheckpointError(f"{path} does not fit {stored.dtype}: weights are too large; choose another dtype")
+    return stored
 
 
 def hf_config(folder: Path) -> ModelConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.parts import Parts
+from convert.parts import Parts, stored_as
 from convert.quantize import Quantizer
 from qs_jax.checkpoint import replacing, write_manifest, write_part
 from qs_jax.tokenizer import TOKENIZER_FILES
@@ -83,7 +83,7 @@ def convert(
     parts.plan.raise_if_incomplete(str(parts.source.folder))
     with replacing(target, overwrite=overwrite) as work:
         for part, arrays in parts:
-            stored = {path: np.ascontiguousarray(array, DTYPES[dtype]) for path, array in arrays.items()}
+            stored = {path: stored_as(array, DTYPES[dtype], path) for path, array in arrays.items()}
             if quantizer:
                 dense, quantised = quantizer(part, arrays)
                 stored = {path: stored[path] for path in dense} | quantised

@@ -21,6 +21,7 @@ from qs_jax.models import forward
 PROMPT_TOKENS = 500
 
 Tokens = Int[np.ndarray, " tokens"]
+Positions = Int[np.ndarray, " positions"]
 Logits = Float[np.ndarray, "positions vocab"]
 
 
@@ -71,7 +72,7 @@ def _transformers_logits(folder: Path, tokens: Tokens) -> Logits:
         return reference(torch.tensor(tokens[None], dtype=torch.long)).logits[0].numpy()
 
 
-def _read_golden(path: Path, vocab_size: int) -> tuple[Tokens, Tokens, Logits]:
+def _read_golden(path: Path, vocab_size: int) -> tuple[Tokens, Positions, Logits]:
     try:
         tensors = load_file(path)
         tokens, positions, logits = (tensors[name] for name in ("tokens", "positions", "logits"))

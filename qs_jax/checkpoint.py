@@ -4,6 +4,8 @@ The only module that knows Orbax. A part is the first component of a module path
 that saving and loading need one part in memory at a time.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -26,6 +28,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 _WEIGHTS = "weights"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 _HASH_BLOCK = 1 << 20
 
 Arrays = Mapping[str, np.ndarray]
@@ -56,9 +59,11 @@ def replacing(target: Path, *, overwrite: bool, marker: str = MANIFEST) -> Itera
         raise CheckpointError(f"{target}: holds no {marker}, so it is never overwritten; remove it yourself")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        _sweep(target)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
+    held = _hold(work)
     try:
         yield work
         _sync(work)
@@ -68,6 +73,34 @@ def replacing(target: Path, *, overwrite: bool, marker: str = MANIFEST) -> Itera
         raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a folder for as long as this process lives; None where somebody holds it or it is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(target: Path) -> None:
+    """Take away what a killed process left beside the target; put back what it had moved aside."""
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*")):
+        if left.suffix not in (_PARTIAL, _REPLACED) or (held := _hold(left)) is None:
+            continue
+        if left.suffix == _REPLACED and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        os.close(held)
 
 
 def _swap(work: Path, target: Path, *, overwrite: bool) -> None:
@@ -77,7 +110,7 @@ def _swap(work: Path, target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{target}: appeared while converting; give another folder or --overwrite")
-    aside = work.with_suffix(".replaced")
+    aside = work.with_suffix(_REPLACED)
     target.rename(aside)
     try:
         work.rename(target)
@@ -88,9 +121,16 @@ def _swap(work: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def write_part(folder: Path, part: str, arrays: Arrays) -> None:
-    """Save the arrays of one part, by module path."""
-    with _quiet_orbax() as orbax:
-        orbax.save_pytree((folder / _WEIGHTS / part).absolute(), _nested(arrays))
+    """Save the arrays of one part, by module path.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    try:
+        with _quiet_orbax() as orbax:
+            orbax.save_pytree((folder / _WEIGHTS / part).absolute(), _nested(arrays))
+    except Exception as error:  # Orbax and TensorStore raise almost anything on a full disk
+        raise CheckpointError(f"{folder / _WEIGHTS / part}: cannot be written ({_reason(error)})") from error
 
 
 def read_part(folder: Path, part: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -105,9 +145,16 @@ def read_part(folder: Path, part: str, shapes: Mapping[str, jax.ShapeDtypeStruct
         with _quiet_orbax() as orbax:
             tree = orbax.load_pytree((folder / _WEIGHTS / part).absolute(), _nested(wanted))
     except Exception as error:  # Orbax and TensorStore raise almost anything on a damaged store
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{folder / _WEIGHTS / part}: cannot be loaded ({reason}); convert again") from error
+        raise CheckpointError(
+            f"{folder / _WEIGHTS / part}: cannot be loaded ({_reason(error)}); convert again"
+        ) from error
     return _flat(tree)
+
+
+def _reason(error: BaseException) -> str:
+    """The beginning of a message and its end, where TensorStore names the operating system's error."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 200 else f"{text[:80]} … {text[-110:]}"
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
@@ -132,12 +179,14 @@ def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: is damaged; convert the model again") from None
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; convert again")
     for name, (size, digest) in files.items() if verify else ():
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path}: names a file outside the folder ({name!r}); convert the model again")
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing; convert the model again")
         if file.stat().st_size != size or _sha256(file) != digest:
@@ -166,7 +215,7 @@ def _sync(folder: Path) -> None:
 @contextmanager
 def _quiet_orbax() -> Iterator[Any]:
     """Orbax, without its log lines and deprecation warnings: the user's terminal is for the user."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import orbax.checkpoint.experimental.v1 as orbax

@@ -74,7 +74,7 @@ def generate(
             **_sampling(sampling, asked=num_return_sequences > 1 or seed is not None),
         }
         GenerationConfig.of(**settings)
-        prompts: list[Any] = [sys.stdin.read() if text == "-" else text for text in prompt]
+        prompts: list[Any] = [_stdin() if text == "-" else text for text in prompt]
         if chat:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
         from qs_jax.loading import load
@@ -127,6 +127,13 @@ def bench(
 app.command("eval", epilog=cli_study.EVAL_EXAMPLES)(cli_study.evaluate)
 app.command("calibrate", epilog=cli_study.CALIBRATE_EXAMPLES)(cli_study.calibrate)
 app.command("report", epilog=cli_study.REPORT_EXAMPLES)(cli_study.report)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise GenerationError("the prompt on stdin is not UTF-8 text; convert it first") from None
 
 
 def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:

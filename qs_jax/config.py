@@ -14,6 +14,7 @@ RopeType = Literal["default", "linear", "llama3"]
 
 _LARGEST_INTEGER = 2**31 - 1
 _VOCAB_MULTIPLE = 64
+_MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,15 @@ class ConfigReader:
             return default
         return value
 
-    def integer(self, key: str, default: Any = None, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: Any = None, *, minimum: int = 1, maximum: int = _LARGEST_INTEGER) -> int:
         value = self._present(key, default=_REQUIRED if default is None else default)
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INTEGER:
-            raise self._fail(key, f"a whole number from {minimum} to {_LARGEST_INTEGER}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self._fail(key, f"a whole number from {minimum} to {maximum}")
         return value
+
+    def layers(self, key: str) -> int:
+        """A number of layers; an absurd one is refused before a network of that depth is laid out."""
+        return self.integer(key, maximum=_MOST_LAYERS)
 
     def number(self, key: str, default: Any = None) -> float:
         value = self._present(key, default=_REQUIRED if default is None else default)

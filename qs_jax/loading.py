@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from convert.parts import Parts, hf_config
+from convert.parts import Parts, hf_config, stored_as
 from convert.source import Source, locate
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
@@ -82,7 +81,7 @@ def _read_source(folder: Path, dtype: jnp.dtype) -> tuple[ModelConfig, dict[str,
     parts = Parts(Source(folder))
     arrays: dict[str, Any] = {}
     for _, part in parts:
-        arrays |= {path: jnp.asarray(np.asarray(array, dtype)) for path, array in part.items()}
+        arrays |= {path: jnp.asarray(stored_as(array, dtype, path)) for path, array in part.items()}
     return parts.config, arrays
 
 

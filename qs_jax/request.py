@@ -16,6 +16,9 @@ from qs_jax.loading import Model
 from qs_jax.matryoshka.linear import has_planes
 from qs_jax.tokenizer import Message
 
+_LONGEST_TOKEN = 256
+"""Characters that no vocabulary's token exceeds: longer prompts are refused before they are tokenised."""
+
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -86,6 +89,11 @@ def _encode(model: Model, prompt: Any) -> list[int]:
         prompt = list(prompt)
     elif not prompt.strip():
         raise GenerationError("a prompt is empty; give at least one word, or token ids")
+    elif len(prompt) > _LONGEST_TOKEN * model.config.max_position_embeddings:
+        raise GenerationError(
+            f"a prompt has {len(prompt)} characters, more than the model's context of "
+            f"{model.config.max_position_embeddings} tokens can hold; shorten it"
+        )
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
         if model.tokenizer is None:
             raise TokenizerError(

@@ -61,7 +61,13 @@ class Tokenizer:
         return bool(getattr(self._backend, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens the model expects around a prompt."""
+        """Token ids, with the special tokens the model expects around a prompt.
+
+        Raises:
+            TokenizerError: the text holds half a surrogate pair, as text read from a wrong encoding does.
+        """
+        if not _is_unicode(text):
+            raise TokenizerError("the text is not valid Unicode; read it as UTF-8")
         return list(self._backend(text, verbose=False)["input_ids"])
 
     def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
@@ -101,3 +107,11 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens; special tokens (end of text and the like) are left out."""
         return self._backend.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,12 +1,20 @@
-"""Shared by all tests: strict numerics, and where the real data lies."""
+"""Shared by all tests: strict numerics, checked shapes, a cache of compiled programs, and where the real data lies."""
 
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+from tests import typechecking
+
+# the faces are left out: they are what refuses a user's wrong types, with messages of their own
+_CHECKED = ("adaptive", "cache", "checkpoint", "engine", "loading", "matryoshka", "models", "tokenizer")
+install_import_hook(["convert", *(f"qs_jax.{name}" for name in _CHECKED)], f"{typechecking.__name__}.check")
 
 # Tests compile far more than they compute. Read when jax first compiles; XLA aborts on flags it does not know, so the
 # second is set only where it was tried.
@@ -21,6 +29,13 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs between runs and share them among workers; the size limit is what makes JAX lock files."""
+    jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "xla"))
+    jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real checkpoints and text; skips the test where it is absent."""
@@ -28,3 +43,11 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set QS_JAX_DATA to run this test")
     return folder
+
+
+@pytest.fixture(params=["gpt2", "llama"], scope="module")
+def model(request: pytest.FixtureRequest) -> Any:
+    """A tiny random model of each architecture, without a tokenizer."""
+    from tests.tiny import tiny_model
+
+    return tiny_model(request.param)

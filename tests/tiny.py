@@ -6,10 +6,15 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from qs_jax.loading import Model
 from qs_jax.matryoshka.rounding import round_to_nearest
-from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network
+from qs_jax.models import arrays_by_path, forward, network_from_arrays, parse_config, random_network
+from qs_jax.tokenizer import Tokenizer
 
 CONFIGS = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
@@ -31,13 +36,43 @@ CONFIGS = {
 _random = np.random.default_rng(0)
 PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
 
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>"
+
+_forward = jax.jit(forward)
+
 
 @cache
-def tiny_model(name: str, layers: int = 2) -> Model:
-    """A random model without a tokenizer; matrices eight times the usual size, so that tokens differ."""
+def tiny_model(name: str, layers: int = 2, *, tokenizer: bool = False) -> Model:
+    """A random model; matrices eight times the usual size, so that tokens differ."""
     config = replace(parse_config(CONFIGS[name], name), num_hidden_layers=layers)
     network = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim == 2 else leaf, random_network(config, seed=0))
-    return Model(config, network, None, jnp.dtype("float32"), f"tiny {name} of {layers} layers")
+    own = tiny_tokenizer() if tokenizer else None
+    return Model(config, network, own, jnp.dtype("float32"), f"tiny {name} of {layers} layers")
+
+
+def reference_logits(model: Model, tokens: list[int]) -> Float[np.ndarray, "tokens vocab"]:
+    """Logits of one sequence by the plain forward pass. Padded on the right, which nothing before it can see."""
+    padded = np.zeros((1, model.config.max_position_embeddings), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_forward(model.network, padded))[0, : len(tokens)]
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, in order, then <s> and </s>: 97 in all, as many as the tiny models have.
+
+    Every text longer than a character lies over several tokens.
+    """
+    characters = {chr(code): code - 32 for code in range(32, 127)}
+    backend = Backend(models.BPE(vocab={**characters, "<s>": 95, "</s>": 96}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer(character_tokenizer())
 
 
 def quantised(model: Model) -> Model:

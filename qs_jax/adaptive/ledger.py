@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
@@ -232,7 +233,7 @@ class Ledger:
             if rests:
                 self.run.weight_bytes += self._read(layer.kv_bytes, number, work.rest_bits[step, index])
 
-    def _read(self, by_bits: Mapping[int, int], number: int, in_use: Bool[Array, " precisions"]) -> int:
+    def _read(self, by_bits: Mapping[int, int], number: int, in_use: Bool[Array | np.ndarray, " precisions"]) -> int:
         """Bytes of a layer's weights: once for every precision that some row asked for."""
         precision = self.structure.precision
         shallow = self.structure.decode is not None and self.structure.kv_rule == "shallow"

@@ -94,7 +94,7 @@ def _within(
     """
     order = _ordered_bits(values)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // jnp.uint32(2)
         enough = jnp.where(order > middle, weights, 0.0).sum(axis=-1, keepdims=True) < limit

@@ -25,13 +25,16 @@ def is_eos(tokens: Int[Array, " batch"], eos: Int[Array, " slots"]) -> Bool[Arra
 class Detokenizer:
     """Text of a growing token sequence, piece by piece.
 
-    A piece is held back until it decodes to whole characters: tokens may split a UTF-8 sequence. The last tokens
-    of the prompt are decoded along and cut off, because tokenizers drop a space at the start of a text.
+    A piece is held back until it decodes to whole characters: tokens may split a UTF-8 sequence. The tokens before a
+    piece are decoded along and cut off, because tokenizers drop a space at the start of a text. That context always
+    begins with a whole character, since some tokenizers decode a run of bytes that begins in the middle of one to
+    nothing but replacement characters.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
-        self._pending = list(prompt[-_CONTEXT_TOKENS:])
+        self._pending = _clean_end(tokenizer, prompt)
+        self._context = len(self._pending)
         self._shown = tokenizer.decode(self._pending)
         self.text = ""
 
@@ -50,9 +53,19 @@ class Detokenizer:
             return ""
         piece = whole[len(self._shown) :]
         self.text += piece
-        self._pending = self._pending[-_CONTEXT_TOKENS:]
+        # what was just completed becomes the context of what comes next
+        self._pending = self._pending[self._context :]
+        self._context = len(self._pending)
         self._shown = self._tokenizer.decode(self._pending)
         return piece
+
+
+def _clean_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The prompt's last tokens, from a whole character on; all of it if there is no such place."""
+    width = _CONTEXT_TOKENS
+    while width < len(prompt) and _REPLACEMENT in tokenizer.decode(prompt[-width:]):
+        width *= 2
+    return list(prompt[-width:])
 
 
 def ends_with_stop(text: str, piece: str, stop_strings: Sequence[str]) -> bool:

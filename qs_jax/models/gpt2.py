@@ -30,7 +30,7 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=reader.integer("n_inner", 4 * hidden),
-        num_hidden_layers=reader.integer("n_layer"),
+        num_hidden_layers=reader.layers("n_layer"),
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=hidden // heads,

@@ -38,7 +38,7 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
+        num_hidden_layers=reader.layers("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,

@@ -17,30 +17,8 @@ from convert.source import Source
 from qs_jax.checkpoint import MANIFEST
 from qs_jax.loading import load
 from qs_jax.models import arrays_by_path
-from tests.tiny import CONFIGS, tiny_model
-
-Tensors = dict[str, np.ndarray]
-
-
-def tensors_of(name: str) -> Tensors:
-    model = tiny_model(name)
-    return to_hugging_face(arrays_by_path(model.network), model.config)
-
-
-def write_folder(folder: Path, name: str, tensors: Tensors | None = None, shards: int = 1, **config: Any) -> Path:
-    """A Hugging Face folder, in one file or in shards with an index."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**CONFIGS[name], **config}))
-    tensors = tensors_of(name) if tensors is None else tensors
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    files = [f"model-{shard + 1:05}-of-{shards:05}.safetensors" for shard in range(shards)]
-    homes = {tensor: files[number % shards] for number, tensor in enumerate(tensors)}
-    for file in files:
-        save_file({t: array for t, array in tensors.items() if homes[t] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": homes}))
-    return folder
+from tests.folders import Tensors, tensors_of, write_folder
+from tests.tiny import CONFIGS
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -69,7 +47,7 @@ def test_every_tensor_comes_back(tmp_path: Path, name: str, shards: int) -> None
     assert_same_weights(tmp_path / "out", tensors_of(name))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_stored_dtypes_come_back(tmp_path: Path, dtype: Any) -> None:
     narrow = {name: array.astype(dtype) for name, array in tensors_of("llama").items()}
     narrow["model.norm.weight"] = narrow["model.norm.weight"].astype(np.float32)
@@ -93,9 +71,9 @@ def _with(name: str, array: np.ndarray) -> Tensors:
     return {**tensors_of("llama"), name: array}
 
 
-def _nan() -> Tensors:
-    array = tensors_of("llama")["model.norm.weight"].copy()
-    array[3] = np.nan
+def _holding(value: float, dtype: Any = np.float32) -> Tensors:
+    array = tensors_of("llama")["model.norm.weight"].astype(dtype)
+    array[3] = value
     return _with("model.norm.weight", array)
 
 
@@ -103,7 +81,10 @@ BROKEN = {
     "missing": (lambda: _without("model.norm.weight"), "1 missing (model.norm.weight)"),
     "unexpected": (lambda: _with("model.extra", np.ones(3, np.float32)), "1 unexpected (model.extra)"),
     "shape": (lambda: _with("model.norm.weight", np.ones(5, np.float32)), "wrong shape (model.norm.weight (5,)"),
-    "nan": (_nan, "tensor model.norm.weight holds NaN"),
+    "nan": (lambda: _holding(np.nan), "tensor model.norm.weight holds NaN"),
+    "infinity": (lambda: _holding(np.inf, np.float16), "tensor model.norm.weight holds NaN or infinity"),
+    "bfloat16 nan": (lambda: _holding(np.nan, ml_dtypes.bfloat16), "tensor model.norm.weight holds NaN"),
+    "beyond float32": (lambda: _holding(1e300, np.float64), "output_norm.scale does not fit float32"),
     "integers": (lambda: _with("model.norm.weight", np.ones(32, np.int32)), "is I32"),
 }
 
@@ -175,6 +156,12 @@ def test_a_folder_that_is_not_ours_is_never_overwritten(tmp_path: Path) -> None:
     (mine / "thesis.txt").write_text("years of work")
     assert_refused(source, mine, "holds no manifest.json", "--overwrite")
     assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_weights_beyond_the_stored_dtype_are_refused(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", "llama", _holding(1e6))
+    assert_refused(source, tmp_path / "out", "does not fit float16", "--dtype", "float16")
+    assert run(source, tmp_path / "out", "--dtype", "bfloat16")[0] == 0
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -1,50 +1,51 @@
-"""The engine on small random models: ragged batches, sampling, stopping, compilation."""
+"""The engine on small random models: greedy decoding, sampling, stopping, refusals."""
 
-import jax.numpy as jnp
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax.engine.compilation import METER
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.loading import Model
-from qs_jax.models import forward
-from tests.tiny import PROMPTS, tiny_model
+from tests.tiny import PROMPTS, reference_logits, tiny_model
 
-MODELS = ("gpt2", "llama")
 SAMPLING = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.2, "seed": 3}
 
 
-@pytest.fixture(params=MODELS, scope="module")
-def model(request: pytest.FixtureRequest) -> Model:
-    return tiny_model(request.param)
+def assert_greedy(model: Model, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
+    logits = reference_logits(model, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    assert tokens == logits.argmax(axis=-1).tolist()
+    expected = logits[np.arange(len(tokens)), tokens] - np.log(np.exp(logits).sum(axis=-1))
+    np.testing.assert_allclose(logprobs, expected, atol=1e-4)
 
 
 def test_greedy_tokens_are_the_argmax_of_the_plain_forward_pass(model: Model) -> None:
     output = qs_jax.generate(model, PROMPTS, max_new_tokens=40)
+    assert output.lengths == [40, 40, 40]
+    assert output.finish_reasons == ["length"] * 3
     for prompt, tokens, logprobs in zip(PROMPTS, output.tokens, output.logprobs, strict=True):
-        logits = np.asarray(forward(model.network, jnp.asarray([*prompt, *tokens])[None]))[0, len(prompt) - 1 : -1]
-        assert tokens == logits.argmax(axis=-1).tolist()
-        expected = logits[np.arange(40), tokens] - np.log(np.exp(logits).sum(axis=-1))
-        np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+        assert_greedy(model, prompt, tokens, logprobs)
 
 
-def test_a_row_in_a_ragged_batch_is_the_row_alone(model: Model) -> None:
-    for settings in ({}, SAMPLING):
-        together = qs_jax.generate(model, PROMPTS, max_new_tokens=20, **settings)
-        for prompt, tokens in zip(PROMPTS, together.tokens, strict=True):
-            assert qs_jax.generate(model, [prompt], max_new_tokens=20, **settings).tokens == [tokens]
+def test_the_cache_grows_without_a_trace(model: Model) -> None:
+    """The text crosses two growths of the cache and ends exactly at the context's limit."""
+    limit = model.config.max_position_embeddings
+    prompt = PROMPTS[0]
+    output = qs_jax.generate(model, [prompt], max_new_tokens=limit - len(prompt))
+    assert output.lengths == [limit - len(prompt)]
+    assert_greedy(model, prompt, output.tokens[0], output.logprobs[0])
 
 
 def test_sequences_of_one_prompt_differ_and_repeat(model: Model) -> None:
-    first = qs_jax.generate(model, PROMPTS[0], num_return_sequences=3, max_new_tokens=16, **SAMPLING)
-    again = qs_jax.generate(model, PROMPTS[0], num_return_sequences=3, max_new_tokens=16, **SAMPLING)
+    first = qs_jax.generate(model, PROMPTS[0], num_return_sequences=3, max_new_tokens=20, **SAMPLING)
+    again = qs_jax.generate(model, PROMPTS[0], num_return_sequences=3, max_new_tokens=20, **SAMPLING)
     assert first.tokens == again.tokens
     assert len({tuple(tokens) for tokens in first.tokens}) == 3
 
 
 def test_an_unasked_seed_is_drawn_and_reported(model: Model) -> None:
-    settings = {**SAMPLING, "max_new_tokens": 8}
+    settings = {**SAMPLING, "num_return_sequences": 3, "max_new_tokens": 8}
     drawn = qs_jax.generate(model, PROMPTS[0], **{**settings, "seed": None})
     again = qs_jax.generate(model, PROMPTS[0], **{**settings, "seed": drawn.seeds[0]})
     assert drawn.tokens == again.tokens
@@ -62,22 +63,35 @@ def test_eos_ends_a_row_and_only_that_row(model: Model) -> None:
     assert ended.trace["layers_run"][0] == [model.config.num_hidden_layers] * ended.lengths[0]
 
 
-def test_the_cache_grows_without_a_trace(model: Model) -> None:
-    """300 tokens cross two growths of the cache and end exactly at the context's limit."""
-    limit = model.config.max_position_embeddings
-    prompt = PROMPTS[0]
-    output = qs_jax.generate(model, [prompt], max_new_tokens=limit - len(prompt))
-    logits = np.asarray(forward(model.network, jnp.asarray([*prompt, *output.tokens[0]])[None]))[0]
-    assert output.tokens[0] == logits[len(prompt) - 1 : -1].argmax(axis=-1).tolist()
+def test_any_id_of_an_eos_list_ends_a_row(model: Model) -> None:
+    """The list may be the call's or the model's own, and may be longer than one slot array."""
+    free = qs_jax.generate(model, PROMPTS, max_new_tokens=40)
+    produced = {token for tokens in free.tokens for token in tokens}
+    unused = [token for token in range(97) if token not in produced]
+    ids = [*unused[:8], *(tokens[5] for tokens in free.tokens)]
+    own = replace(model, config=replace(model.config, eos_token_ids=tuple(ids)))
+    ended = qs_jax.generate(model, PROMPTS, max_new_tokens=40, eos_token_id=ids)
+    assert ended.finish_reasons == ["eos"] * 3
+    assert qs_jax.generate(own, PROMPTS, max_new_tokens=40).tokens == ended.tokens
+    for before, after in zip(free.tokens, ended.tokens, strict=True):
+        end = next(index for index, token in enumerate(before) if token in ids)
+        assert after == before[: end + 1]
 
 
-def test_nothing_compiles_twice(model: Model) -> None:
-    qs_jax.generate(model, PROMPTS[0], max_new_tokens=20, **SAMPLING)
-    before = METER.reading()
-    other = {**SAMPLING, "temperature": 0.7, "top_p": 0.5, "top_k": 3, "seed": 9, "eos_token_id": [1, 2]}
-    qs_jax.generate(model, PROMPTS[0], max_new_tokens=20, **SAMPLING)
-    qs_jax.generate(model, PROMPTS[0][::-1], max_new_tokens=24, **other)
-    assert METER.since(before).programs == 0
+def test_rows_that_end_early_are_padded(model: Model) -> None:
+    eos = qs_jax.generate(model, PROMPTS, max_new_tokens=40).tokens[0][5]
+    ended = qs_jax.generate(model, PROMPTS, max_new_tokens=40, eos_token_id=eos, pad_token_id=96)
+    for row, tokens in zip(ended.sequences, ended.tokens, strict=True):
+        assert row.tolist() == tokens + [96] * (max(ended.lengths) - len(tokens))
+    assert len(set(ended.lengths)) > 1
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 33])
+def test_max_new_tokens_is_exact(model: Model, new_tokens: int) -> None:
+    whole = qs_jax.generate(model, PROMPTS, max_new_tokens=40).tokens
+    output = qs_jax.generate(model, PROMPTS, max_new_tokens=new_tokens)
+    assert output.tokens == [tokens[:new_tokens] for tokens in whole]
+    assert output.finish_reasons == ["length"] * 3
 
 
 @pytest.mark.parametrize(
@@ -86,9 +100,19 @@ def test_nothing_compiles_twice(model: Model) -> None:
         ([], {}, "no prompt"),
         ([[]], {}, "no tokens"),
         ([[999]], {}, "from 0 to"),
+        ([[-1]], {}, "from 0 to"),
+        ([[1.5]], {}, "from 0 to"),
         ([[1] * 500], {"max_new_tokens": 50}, "context of 512"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"temperature": 0.5}, "do_sample"),
+        ([[1]], {"num_return_sequences": 2}, "do_sample"),
         ([[1]], {"do_sample": True, "temperature": 0.0}, "temperature"),
+        ([[1]], {"do_sample": True, "temperature": float("nan")}, "temperature"),
+        ([[1]], {"do_sample": True, "top_p": 0.0}, "top_p"),
+        ([[1]], {"do_sample": True, "min_p": 2.0}, "min_p"),
+        ([[1]], {"do_sample": True, "top_k": -1}, "top_k"),
+        ([[1]], {"repetition_penalty": 0}, "repetition_penalty"),
+        ([[1]], {"eos_token_id": 97}, "eos_token_id"),
         ([[1]], {"top_q": 1}, "unknown setting top_q"),
         ([[1]], {"policy": "fast"}, "policy"),
         ([[1]], {"seed": [1, 2]}, "seed"),
@@ -100,7 +124,12 @@ def test_what_cannot_work_is_refused(prompts: list, settings: dict, message: str
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:
-    with pytest.raises(TokenizerError, match="no tokenizer"):
-        qs_jax.generate(tiny_model("gpt2"), "hello")
+    for settings, prompts in (({}, "hello"), ({"stop_strings": "x"}, [[1]])):
+        with pytest.raises(TokenizerError, match="tokenizer"):
+            qs_jax.generate(tiny_model("gpt2"), prompts, **settings)
+
+
+@pytest.mark.parametrize("prompts", ["", "  \n\t ", ["fine", "   "]])
+def test_a_prompt_that_is_empty_after_stripping_is_refused(prompts: str | list[str]) -> None:
     with pytest.raises(GenerationError, match="empty"):
-        qs_jax.generate(tiny_model("gpt2"), "  \n")
+        qs_jax.generate(tiny_model("gpt2", tokenizer=True), prompts)

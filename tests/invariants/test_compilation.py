@@ -1,0 +1,81 @@
+"""Nothing compiles twice, and every jitted program lowers for cpu, cuda and tpu."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qs_jax
+from qs_jax.engine.compilation import METER
+from qs_jax.loading import Model
+from tests.recording import Call, jitted_programs, recorded
+from tests.tiny import PROMPTS, tiny_model
+from tests.unit.test_decoding import SAMPLING
+from tests.unit.test_matryoshka import quantised
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def test_nothing_compiles_twice(model: Model) -> None:
+    """Another prompt of another length in the same bucket, other settings, another end: the same programs."""
+    qs_jax.generate(model, PROMPTS[0], max_new_tokens=40, **SAMPLING)
+    before = METER.reading()
+    other = {**SAMPLING, "temperature": 0.7, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "seed": 9, "eos_token_id": [1, 2]}
+    qs_jax.generate(model, PROMPTS[0], max_new_tokens=40, **SAMPLING)
+    qs_jax.generate(model, PROMPTS[0][::-1][:35], max_new_tokens=30, **other)
+    assert METER.since(before).programs == 0
+
+
+def test_the_meter_sees_a_compilation() -> None:
+    before = METER.reading()
+    jax.jit(lambda x: jnp.sin(x) + len(PLATFORMS))(jnp.ones((7, 3))).block_until_ready()
+    assert METER.since(before).programs > 0
+
+
+def dense(model: Model) -> None:
+    """A cache that grows."""
+    qs_jax.generate(model, PROMPTS, max_new_tokens=300)
+
+
+def sampled(model: Model) -> None:
+    """Several rows per prompt."""
+    qs_jax.generate(model, PROMPTS[0], max_new_tokens=40, num_return_sequences=3, **SAMPLING)
+
+
+def adaptive(model: Model) -> None:
+    """All four mechanisms."""
+    qs_jax.generate(quantised(model), PROMPTS, max_new_tokens=40, policy="paper")
+    qs_jax.generate(quantised(model), PROMPTS, max_new_tokens=40, policy="balanced")
+
+
+SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive}
+
+
+@pytest.fixture(params=SCENARIOS, scope="module")
+def calls(request: pytest.FixtureRequest, model: Model) -> list[Call]:
+    with recorded() as calls:
+        SCENARIOS[request.param](model)
+    return list({_signature(call): call for call in calls}.values())
+
+
+def _signature(call: Call) -> tuple[Any, ...]:
+    """Calls that differ in shapes alone lower alike."""
+    leaves, structure = jax.tree.flatten((call.args, call.kwargs))
+    static = tuple(str(leaf) for leaf in leaves if not isinstance(leaf, jax.ShapeDtypeStruct))
+    return call.name, str(structure), static
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_program_lowers(calls: list[Call], platform: str) -> None:
+    assert calls
+    for call in calls:
+        assert "func.func public @main" in call.lower(platform).as_text(), call.name
+
+
+def test_no_program_is_left_out() -> None:
+    """Whatever is jitted in the package is run by one of the scenarios above."""
+    with recorded() as calls:
+        for scenario in SCENARIOS.values():
+            scenario(tiny_model("llama"))
+    assert {call.name for call in calls} == set(jitted_programs())
