@@ -3,6 +3,7 @@
     python -m benchmarks.quality stories3M         # writes benchmarks/results/quality_stories3M.json
     python -m benchmarks.quality llama --ship      # the same, and reference_models/llama/policy.json
     python -m benchmarks.quality llama --quick     # a few windows, nothing written
+    python -m benchmarks.quality llama --table     # the stored result as Markdown, nothing run
 
 One run gives all of it: calibration at four budgets, the 2^4 combinations, the baselines at equal work, the oracle,
 free running, and the policy for +0.2 on further text it was not calibrated on. `qs-jax report` shows the file.
@@ -14,11 +15,12 @@ still; (5) 39.6 % within +0.2 is out of reach for models of 6 to 16 layers. Outc
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import write_result
+from benchmarks.harness import RESULTS, write_result
 from qs_jax.adaptive.policy import Policy
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET
 from qs_jax.evaluation.perplexity import evaluate
@@ -67,6 +69,7 @@ def run(chosen: Study, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
         ablated=True,
         calibration=(documents["calibration"], calibration_tokens),
         free_runs=8,
+        target=RESULTS / f"quality_{chosen.model.name}.json",
     )
     policy = Policy.from_json(result["policy"])
     further = {}
@@ -98,7 +101,11 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(studies()))
     parser.add_argument("--ship", action="store_true", help="write policy.json beside the model")
     parser.add_argument("--quick", action="store_true", help="a few windows, nothing written")
+    parser.add_argument("--table", action="store_true", help="print the stored result, run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads((RESULTS / f"quality_{arguments.model}.json").read_text())))
+        return
     chosen = studies()[arguments.model]
     plan, calibration_tokens = (Plan(max_tokens=512), 1024) if arguments.quick else (Plan(), 4096)
     result = run(chosen, plan, calibration_tokens)
