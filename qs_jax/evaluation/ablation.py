@@ -11,7 +11,7 @@ from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.policy import Policy
 from qs_jax.evaluation.baselines import fixed_depths, oracle, random_bits, random_halting, uniform_stops
 from qs_jax.evaluation.calibration import Calibrated
-from qs_jax.evaluation.candidates import Space, part_of_everything
+from qs_jax.evaluation.candidates import Space, part_of_everything, stripped
 from qs_jax.evaluation.observation import Observed, observe
 from qs_jax.evaluation.perplexity import Advance, run
 from qs_jax.evaluation.scoring import OFF, Scores
@@ -87,11 +87,11 @@ def ablate(
             policy = switched(subject, on)
             kinds[policy.name] = ("ablation", policy)
     for one in calibrated:
-        kinds[one.policy.name] = ("calibrated", one.policy)
+        kinds[one.policy.name] = ("calibrated", one.searched)
     for policy in (*uniform_stops(space, len(windows[0].prompt)), *fixed_depths(space, len(windows[0].prompt))):
         kinds[policy.name] = ("baseline", policy)
     scores = _scores(model, windows, {name: policy for name, (_, policy) in kinds.items()}, plan, advance)
-    best = next((one.policy for one in calibrated if one.goal.budget == MAIN_BUDGET and one.policy.mechanisms), None)
+    best = next((one.searched for one in calibrated if one.goal.budget == MAIN_BUDGET and one.policy.mechanisms), None)
     random = random_bits(subject, scores) + (random_halting(best, scores[best.name]) if best else [])
     if random:
         scores |= _scores(model, windows, {policy.name: policy for policy in random}, plan, advance)
@@ -128,7 +128,11 @@ def _row(name: str, kind: str, policy: Policy, scores: Scores, dense: Scores, sc
     return {
         "name": name,
         "kind": kind,
-        "mechanisms": [] if kind == "off" else name.split(" + ") if kind == "ablation" else list(policy.mechanisms),
+        "mechanisms": []
+        if kind == "off"
+        else name.split(" + ")
+        if kind == "ablation"
+        else list(stripped(policy, name).mechanisms),
         **found,
         "flops_reduction": ledger["flops_reduction"],
         "bytes_reduction": ledger["bytes_reduction"],

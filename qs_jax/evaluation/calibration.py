@@ -1,7 +1,7 @@
 """`qs-jax calibrate`: the policy that saves most within a perplexity budget, tested on text it was not chosen on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Protocol
 
@@ -24,11 +24,13 @@ from qs_jax.evaluation.candidates import (
 )
 from qs_jax.evaluation.measurements import Measured, Part
 from qs_jax.evaluation.observation import Observed
-from qs_jax.evaluation.risk import Estimate, accepted, pareto_path, shortened
+from qs_jax.evaluation.risk import Estimate, accepted, pareto_path, rungs
 from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase
 
-_MOST_TESTED = 6
-_COMBINATIONS_PER_BUDGET = 4
+_TESTED_SHARES = (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
+_COMBINED_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of the budget: how close to it the policies come that are tested, and the combinations that are tried."""
+
 _GIVE_UP = 2.0
 """A family of ever more halting is left when its increase is this many budgets."""
 
@@ -58,9 +60,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order."""
+    """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order.
+    `searched` is the same policy as the search ran it, idle mechanisms included: programs for it are compiled."""
 
     policy: Policy
+    searched: Policy
     goal: Goal
     tested: list[dict[str, Any]]
     uniform: dict[str, Any] | None
@@ -166,7 +170,7 @@ def _combinations(
     ]
     front, found = pareto_path(sums), list[Policy]()
     for budget in budgets:
-        for estimate in [e for e in front if e.risk <= budget][-_COMBINATIONS_PER_BUDGET:]:
+        for estimate in rungs(front, budget, _COMBINED_SHARES):
             policy = joined(neutral, [policy for policy, *_ in choices[estimate.place] if policy])
             if policy not in found:
                 bench.of(policy, "search")
@@ -183,6 +187,7 @@ def _choose(bench: Bench, pool: Sequence[Policy], stops: Sequence[Policy], goal:
     name = f"calibrated +{goal.budget:g}"
     return Calibrated(
         policy=stripped(trusted[-1], name) if trusted else Policy(name=name),
+        searched=replace(trusted[-1] if trusted else Policy.off(), name=name),
         goal=goal,
         tested=rows,
         uniform=_row(bench, uniform[-1], goal, True) if uniform else None,
@@ -193,7 +198,7 @@ def _tested(bench: Bench, pool: Sequence[Policy], goal: Goal) -> tuple[list[Poli
     """The path through the pool, and how far it may be trusted."""
     estimates = [Estimate(n, bench.increase(p, "search"), bench.cost(p)) for n, p in enumerate(pool)]
     cheaper = [estimate for estimate in estimates if estimate.cost < bench.cost(Policy.off())]
-    path = [pool[e.place] for e in shortened(pareto_path(cheaper), goal.budget, _MOST_TESTED)]
+    path = [pool[e.place] for e in rungs(pareto_path(cheaper), goal.budget, _TESTED_SHARES)]
     return path, accepted(path, _p_value(bench, goal.budget), 1 - goal.confidence)
 
 

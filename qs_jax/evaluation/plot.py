@@ -1,5 +1,6 @@
 """Coordinates of the report's two figures; the page draws them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,10 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Pareto:
         if row["perplexity_increase"] < best and row["perplexity_increase"] <= ceiling:
             best = row["perplexity_increase"]
             front.append((x(row["flops_reduction"]), y(best)))
-    step = (end - start) / _TICKS
     return Pareto(
         marks=marks,
         front=front,
-        x_ticks=[(x(start + n * step), f"{start + n * step:.0%}") for n in range(_TICKS + 1)],
+        x_ticks=[(x(tens / 10), f"{10 * tens} %") for tens in range(math.ceil(10 * start), math.floor(10 * end) + 1)],
         y_ticks=[
             (y(value), f"{value:+.2f}" if value else "0")
             for value in (0.0, *(ceiling * n / _TICKS for n in range(1, _TICKS + 1)))

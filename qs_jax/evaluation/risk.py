@@ -29,16 +29,17 @@ def pareto_path(estimates: Iterable[Estimate]) -> list[Estimate]:
     return front
 
 
-def shortened(path: Sequence[Estimate], budget: float, most: int) -> list[Estimate]:
-    """At most `most` of a path's estimates: those near the budget matter, safer ones lead up to them.
+def rungs(path: Sequence[Estimate], budget: float, shares: Sequence[float]) -> list[Estimate]:
+    """Of a path, the cheapest estimate within each share of the budget: few, but from safe to bold.
 
     Looks at the search's estimates only, so that the test stays valid.
     """
-    hopeful = [estimate for estimate in path if estimate.risk <= budget]
-    if len(hopeful) <= most:
-        return hopeful
-    lead, near = hopeful[: -(most - 2)], hopeful[-(most - 2) :]
-    return [lead[len(lead) // 3], lead[2 * len(lead) // 3], *near]
+    found: list[Estimate] = []
+    for share in shares:
+        within = [estimate for estimate in path if estimate.risk <= share * budget]
+        if within and within[-1] not in found:
+            found.append(within[-1])
+    return found
 
 
 def accepted(path: Sequence[T], p_value: Callable[[T], float], level: float) -> list[T]:

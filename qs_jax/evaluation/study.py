@@ -57,6 +57,7 @@ def study(
     ablated: bool = False,
     calibration: tuple[Sequence[str], int] | None = None,
     free_runs: int = 0,
+    target: Path | None = None,
     advance: Advance = lambda n=1: None,
 ) -> dict[str, Any]:
     """What `qs-jax eval` reports.
@@ -67,6 +68,7 @@ def study(
         calibration: for the table, other documents to calibrate policies for `BUDGETS` on, and how many tokens of them
             to score. If the policy is off, the one for a budget of 0.2 is judged in its place.
         free_runs: how many of the windows' prefixes to continue greedily under the policy.
+        target: where the result will be; an interrupted calibration goes on from a hidden file beside it.
 
     Raises:
         EvaluationError: calibration text that is too short, or part of what is scored.
@@ -79,7 +81,7 @@ def study(
             others = cut(model, documents, replace(plan, max_tokens=tokens))
             _require_unseen(windows, others)
             goals = [Goal(budget) for budget in BUDGETS]
-            found = calibrate_model(model, others, plan, goals, advance=advance)
+            found = calibrate_model(model, others, plan, goals, target=target, advance=advance)
             space = Space.of(model.config.num_hidden_layers, planes=has_planes(model.network))
             observed = observe_for(model, others, space)
             policy = found[BUDGETS.index(MAIN_BUDGET)].policy if policy == Policy.off() else policy

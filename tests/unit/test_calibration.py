@@ -1,7 +1,7 @@
 """Calibration keeps its promise on a risk that is known, resumes, and refuses what cannot work."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -15,7 +15,7 @@ from qs_jax.evaluation.calibration import Goal, calibrate
 from qs_jax.evaluation.candidates import Space, joined, neighbours, stop_prompt, stripped
 from qs_jax.evaluation.measurements import Measured, Measurements, Part, split
 from qs_jax.evaluation.observation import Observed, observe
-from qs_jax.evaluation.risk import Estimate, accepted, pareto_path, shortened
+from qs_jax.evaluation.risk import Estimate, accepted, pareto_path, rungs
 from qs_jax.evaluation.statistics import increase
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.loading import load
@@ -108,12 +108,29 @@ def test_larger_budgets_save_more() -> None:
     assert all(one.uniform is not None for one in found[1:])
 
 
+def test_bits_are_calibrated_where_weights_have_planes() -> None:
+    """Bits cost nothing on this bench, so that the best policy reads all it may at 4."""
+
+    class Planes(FakeBench):
+        def of(self, policy: Policy, part: Part) -> Measured:
+            share = min(policy.precision.four_below, 1.0) if policy.precision else 0.0
+            return replace(super().of(policy, part), bits=8 - 4 * share)
+
+        def cost(self, policy: Policy) -> float:
+            return super().cost(policy) + self.of(policy, "search").bits / 8
+
+    found = calibrate(Planes(1), Space.of(DEPTH, planes=True), observed(), PREFIX, [Goal(0.2)])[0]
+    assert found.policy.precision is not None
+    assert found.policy.precision.four_below == float("inf")
+    assert found.policy.prompt_halting is not None
+
+
 def test_the_path_is_the_front_from_safe_to_cheap() -> None:
     estimates = [Estimate(n, risk, cost) for n, (risk, cost) in enumerate([(0.3, 5), (0.1, 9), (0.2, 9), (0.9, 1)])]
     assert [e.place for e in pareto_path(estimates)] == [1, 0, 3]
-    assert [e.place for e in shortened(pareto_path(estimates), 0.5, 6)] == [1, 0]
+    assert [e.place for e in rungs(pareto_path(estimates), 0.5, (0.1, 0.3, 0.5, 1))] == [1, 0]
     many = [Estimate(n, n / 10, -n) for n in range(20)]
-    assert [e.place for e in shortened(many, 1.0, 4)] == [3, 6, 9, 10]
+    assert [e.place for e in rungs(many, 1.0, (0.25, 0.5, 1))] == [2, 5, 10]
 
 
 def test_testing_stops_at_the_first_failure() -> None:

@@ -1,0 +1,123 @@
+"""What do the mechanisms save on real text, at what quality? Calibrated on some documents, judged on others.
+
+    python -m benchmarks.quality stories3M         # writes benchmarks/results/quality_stories3M.json
+    python -m benchmarks.quality llama --ship      # the same, and reference_models/llama/policy.json
+    python -m benchmarks.quality llama --quick     # a few windows, nothing written
+    python -m benchmarks.quality llama --table     # the stored result as Markdown, nothing run
+
+One run gives all of it: calibration at four budgets, the 2^4 combinations, the baselines at equal work, the oracle,
+free running, and the policy for +0.2 on further text it was not calibrated on. `qs-jax report` shows the file.
+
+Predictions, before the first run: (1) a prompt that stops one layer early is free, since the last layer's keys and
+values do not need that layer; (2) a uniform stop with frozen keys and values is hard to beat, per-token choices add a
+few points at most; (3) halting tokens that are scored costs more than it saves; (4) dropping keys and values costs more
+still; (5) 39.6 % within +0.2 is out of reach for models of 6 to 16 layers. Outcome: docs/results.md.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, write_result
+from qs_jax.adaptive.policy import Policy
+from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET
+from qs_jax.evaluation.perplexity import evaluate
+from qs_jax.evaluation.study import study
+from qs_jax.evaluation.text import read_documents
+from qs_jax.evaluation.windows import Plan, cut
+from qs_jax.loading import load
+from reference_models.data import text_folder
+
+STORIES = "tinystories_train_first1000.json"
+FURTHER_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model and its texts: (file, documents). Reference models were trained on all stories but the last 100."""
+
+    model: Path
+    calibration: tuple[str, str]
+    text: tuple[str, str]
+    further: tuple[tuple[str, str], ...] = ()
+
+
+def studies() -> dict[str, Study]:
+    """The models there are; those that do not belong to the repository lie beside the texts."""
+    ours, theirs = Path(__file__).parents[1] / "reference_models", text_folder().parent / "models"
+    further = (("c4-sample.jsonl", "-100:"), ("wikitext103-test.raw.txt", ":"))
+    return {
+        "stories3M": Study(theirs / "stories3M", (STORIES, ":600"), (STORIES, "600:")),
+        "babyllama105": Study(theirs / "babyllama105", (STORIES, ":100"), (STORIES, "900:")),
+        "gpt2": Study(ours / "gpt2", (STORIES, ":600"), (STORIES, "-100:"), further),
+        "llama": Study(ours / "llama", (STORIES, ":600"), (STORIES, "-100:"), further),
+    }
+
+
+def run(chosen: Study, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
+    """The whole study of a model."""
+    model = load(chosen.model)
+    documents = {part: read_documents(text_folder() / file, which) for part, (file, which) in
+                 {"calibration": chosen.calibration, "text": chosen.text}.items()}  # fmt: skip
+    result = study(
+        model,
+        cut(model, documents["text"], plan),
+        Policy.off(),
+        plan,
+        ablated=True,
+        calibration=(documents["calibration"], calibration_tokens),
+        free_runs=8,
+        target=RESULTS / f"quality_{chosen.model.name}.json",
+    )
+    policy = Policy.from_json(result["policy"])
+    further = {}
+    for file, which in chosen.further:
+        less = Plan(plan.prefix, plan.window, min(FURTHER_TOKENS, plan.max_tokens), plan.batch)
+        windows = cut(model, read_documents(text_folder() / file, which), less)
+        further[file] = {**evaluate(model, windows, policy, less), "samples": [], "logprobs": []}
+    return {**result, "logprobs": [], "model": chosen.model.name, "text": chosen.text[0], "further": further}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as the Markdown that docs/results.md shows."""
+    lines = [
+        "| policy | perplexity | increase (95 %) | FLOPs saved | weight bytes saved | cache saved |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["table"]:
+        low, high = row["perplexity_increase_interval"]
+        rise = f"{row['perplexity_increase']:+.3f} ({low:+.3f}, {high:+.3f})"
+        lines.append(
+            f"| {row['name']} | {row['perplexity']:.3f} | {rise} | "
+            f"{row['flops_reduction']:.1%} | {row['bytes_reduction']:.1%} | {row['kv_reduction']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=sorted(studies()))
+    parser.add_argument("--ship", action="store_true", help="write policy.json beside the model")
+    parser.add_argument("--quick", action="store_true", help="a few windows, nothing written")
+    parser.add_argument("--table", action="store_true", help="print the stored result, run nothing")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads((RESULTS / f"quality_{arguments.model}.json").read_text())))
+        return
+    chosen = studies()[arguments.model]
+    plan, calibration_tokens = (Plan(max_tokens=512), 1024) if arguments.quick else (Plan(), 4096)
+    result = run(chosen, plan, calibration_tokens)
+    print(table(result))
+    if arguments.quick:
+        return
+    settings = {"calibration": chosen.calibration, "text": chosen.text, "calibration_tokens": calibration_tokens}
+    print(write_result(f"quality_{arguments.model}", {"settings": settings, **result}))
+    if arguments.ship:
+        calibrated = result["calibrated"][BUDGETS.index(MAIN_BUDGET)]
+        Policy.from_json(calibrated["policy"]).save(chosen.model / "policy.json")
+
+
+if __name__ == "__main__":
+    main()
