@@ -14,6 +14,10 @@ that is to where it ends, and what the model's own head would say there (the log
 
 Prediction, before the first run: models this small and this briefly trained use all their layers; the logit lens is
 poor until the last two or three, and the oracle saves less than a third.
+
+Outcome: the opposite. The lens is within 10 % of the final perplexity after half of GPT-2's layers, and the oracle runs
+37 % (GPT-2) and 52 % (Llama) of the layers. The likely reason, not tested, is that after under a million tokens of
+training most layers hardly matter yet; such a model says little about what a trained one lets one halt.
 """
 
 import argparse
@@ -150,8 +154,11 @@ greedy choice.
 
 ![layer convergence](layer_convergence.png)
 
-`python -m benchmarks.layer_convergence` writes this page, the figure and
-`benchmarks/results/layer_convergence.json`.
+`python -m benchmarks.layer_convergence` writes this page, the figure and `benchmarks/results/layer_convergence.json`.
+
+Both models have seen under a million tokens. The likely reason for their early convergence is that the later layers
+have learnt little yet (not tested), so it should not be taken for what a fully trained model lets one halt. The first
+layer's update is hundreds of times as long as the embedding, for every token alike: later drifts are relative to that.
 """
 
 

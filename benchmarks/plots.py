@@ -27,6 +27,7 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -38,8 +39,13 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
             faint = label in panel.faint
             ax.plot(x, y, label=label, marker="" if faint else "o", markersize=3, linewidth=0.7 if faint else 1.6)
         ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-        ax.set_xscale("log", base=2) if panel.log_x else None
-        ax.set_yscale("log") if panel.log_y else None
+        if panel.log_x:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+        if panel.log_y:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+            ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
         ax.set_ylim(bottom=0) if panel.from_zero else None
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)

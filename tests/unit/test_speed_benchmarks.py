@@ -1,5 +1,7 @@
 """The pure parts of the speed benchmarks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from qs_jax.matryoshka.kernel import NestedKernel
 from tests.tiny import tiny_model
 
 
-def row(batch: int, ours: float, theirs: float) -> dict:
+def row(batch: int, ours: float, theirs: float) -> dict[str, Any]:
     sides = compared({OURS: [ours], "peer": [theirs]})
     return {"batch": batch, "sides": sides, "bandwidth_fraction": 0.5}
 
@@ -29,14 +31,14 @@ def test_a_ratio_is_the_median_of_ratios_round_by_round() -> None:
 
 def test_a_step_is_what_a_long_request_costs_beyond_a_short_one() -> None:
     asked = []
-    sides = {OURS: lambda prompts, new: asked.append(new)}
+    sides: dict[str, Any] = {OURS: lambda prompts, new: asked.append(new)}
     seconds = seconds_per_step(sides, [[1]], 16, 2)
     assert asked == [17, 1] * 3
     assert len(seconds[OURS]) == 2
 
 
 def test_sides_that_disagree_or_fall_short_are_seen() -> None:
-    sides = {OURS: lambda p, n: [[1] * n], "half": lambda p, n: [[1] * (n // 2) + [2] * (n - n // 2)]}
+    sides: dict[str, Any] = {OURS: lambda p, n: [[1] * n], "half": lambda p, n: [[1] * (n // 2) + [2] * (n - n // 2)]}
     assert agreement(sides, [[1]]) == {OURS: 1.0, "half": 0.5}
     with pytest.raises(AssertionError, match="different numbers"):
         agreement({**sides, "short": lambda p, n: [[1]]}, [[1]])
@@ -76,11 +78,12 @@ def test_the_hosts_share_follows_from_two_chunk_sizes() -> None:
 def test_nested_shapes_hold_the_same_weights() -> None:
     model = tiny_model("llama")
     nested = nested_model(model, group_size=16)
-    assert isinstance(nested.network.blocks[0].q.kernel.get_value(), NestedKernel)
+    kernel: Any = nested.network.blocks[0].q.kernel.get_value()
+    embedding: Any = nested.network.embedding.table.get_value()
+    assert isinstance(kernel, NestedKernel)
     plain = np.asarray(model.network.blocks[0].q.kernel.get_value())
-    read = np.asarray(nested.network.blocks[0].q.kernel.get_value().dequantise(8))
-    np.testing.assert_allclose(read, plain, atol=np.abs(plain).max() / 100)
-    assert nested.network.embedding.table.get_value().least == 8
+    np.testing.assert_allclose(np.asarray(kernel.dequantise(8)), plain, atol=np.abs(plain).max() / 100)
+    assert embedding.least == 8
 
 
 def test_segments_that_run_are_the_layers_without_conditionals() -> None:
