@@ -25,12 +25,13 @@ from tests.hostile.mutations import spoil_bytes, spoil_safetensors, spoil_text_o
 from tests.tiny import CONFIGS, tiny_model
 
 Count = Callable[[str, int], None]
-SECONDS_PER_INPUT = 5.0
+SECONDS_PER_INPUT = 30.0
+"""Of processor time: no measure of speed, a bound on what a small file can make us do."""
 
 
 def survive(read: Callable[[], object], number: int) -> bool:
     """Whether the input was read; fails on anything but our own error with a short line to print."""
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         read()
         sound = True
@@ -41,7 +42,7 @@ def survive(read: Callable[[], object], number: int) -> bool:
         sound = False
     except BaseException as error:
         pytest.fail(f"input {number}: {type(error).__name__}: {str(error)[:300]}")
-    assert time.perf_counter() - started < SECONDS_PER_INPUT, number
+    assert time.process_time() - started < SECONDS_PER_INPUT, number
     return sound
 
 
@@ -167,8 +168,8 @@ TEXTS: dict[str, Any] = {
 @pytest.mark.parametrize("case", TEXTS)
 def test_hostile_text_is_refused_in_bounded_time(case: str) -> None:
     text, message = TEXTS[case]
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(QsJaxError, match=message) as error:
         generate(tiny_model("gpt2", tokenizer=True), text, max_new_tokens=4)
     assert len(one_line(error.value)) < 300
-    assert time.perf_counter() - started < 60
+    assert time.process_time() - started < SECONDS_PER_INPUT
