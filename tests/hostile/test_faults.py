@@ -45,7 +45,9 @@ class Converter:
         self.process.stdin.write(json.dumps({"source": str(source), "target": str(target), "log": str(log), **order}))
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return self._line()
+        pid = self._line()
+        assert pid > 1
+        return pid
 
     def end(self) -> int:
         """Exit status of the conversion, negative where a signal ended it."""
