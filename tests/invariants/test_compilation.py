@@ -74,8 +74,8 @@ def test_every_program_lowers(calls: list[Call], platform: str) -> None:
 
 
 def test_no_program_is_left_out() -> None:
-    """Whatever is jitted in the package is run by one of the scenarios above."""
+    """Whatever is jitted in the package is run by one of the scenarios above; the studies' programs by their own tests."""
     with recorded() as calls:
         for scenario in SCENARIOS.values():
             scenario(tiny_model("llama"))
-    assert {call.name for call in calls} == set(jitted_programs())
+    assert {call.name for call in calls} == {name for name in jitted_programs() if not name.startswith("evaluation.")}
