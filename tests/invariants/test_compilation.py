@@ -74,7 +74,7 @@ def test_every_program_lowers(calls: list[Call], platform: str) -> None:
 
 
 def test_no_program_is_left_out() -> None:
-    """Whatever is jitted in the package is run by one of the scenarios above; the studies' programs by their own tests."""
+    """Whatever is jitted in the package is run by one of the scenarios above, but for the studies' programs."""
     with recorded() as calls:
         for scenario in SCENARIOS.values():
             scenario(tiny_model("llama"))
