@@ -74,7 +74,7 @@ class Measurements:
     ):
         self.model, self.batch, self.file, self.advance = model, batch, file, advance
         self.parts = split(windows, batch)
-        self.depth, self.planes = model.config.num_hidden_layers, has_planes(model.network)
+        self.planes = has_planes(model.network)
         self._fingerprint = self._taken_of()
         self._known: dict[str, Measured] = self._resumed()
         self.resumed = len(self._known)
@@ -96,10 +96,11 @@ class Measurements:
         return increase(self.of(policy, part).values, self.dense(part).values)
 
     def cost(self, policy: Policy) -> float:
-        """Share of the layers run and, where weights can be read at fewer bits, of the bits read, on the search part:
-        what the search makes small. Unlike executed FLOPs it does not depend on how windows are batched."""
+        """Share of the FLOPs executed and, where weights can be read at fewer bits, of the bits read, on the search
+        part: what the search makes small. Executed means that choices which the buckets round away count for nothing.
+        """
         measured = self.of(policy, "search")
-        return measured.layers_run / self.depth + (measured.bits / 8 if self.planes else 0.0)
+        return 1 - measured.flops_reduction + (measured.bits / 8 if self.planes else 0.0)
 
     def _measure(self, policy: Policy, part: Part) -> Measured:
         scores = score_alone(self.model, self.parts[part], bind_policy(self.model, policy), batch=self.batch)

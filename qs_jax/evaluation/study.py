@@ -40,7 +40,7 @@ def calibrate_model(
     """
     file = target.with_name(f".{target.name}.progress") if target else None
     bench = Measurements(model, windows, plan.batch, file, advance)
-    space = Space.of(bench.depth, planes=bench.planes, signal=signal, kv_rule=kv_rule)
+    space = Space.of(model.config.num_hidden_layers, planes=bench.planes, signal=signal, kv_rule=kv_rule)
     prefix = len(windows[0].prompt)
     found = calibrate(bench, space, observe_for(model, bench.parts["search"], space), prefix, goals)
     bench.finish()
