@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qs_jax.errors import PolicyError
+from qs_jax.files import write_whole
 
 Signal = Literal[
     "relative_drift", "direction_drift", "raw_drift", "attention_update", "entropy", "previous_entropy", "random"
@@ -282,11 +283,8 @@ class Policy:
         Raises:
             PolicyError: nothing can be written there.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_whole(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
         except OSError as error:
             raise PolicyError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
