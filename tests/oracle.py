@@ -269,7 +269,7 @@ class Decoder:
         policy, precision = self.policy, self.policy.precision
         pinned = precision is not None and layer in [n % self.depth for n in precision.pinned]
         own = bits if precision is not None and layer >= self._first_adapted and not pinned else 8
-        return min(bits, policy.shallow_bits) if halted and policy.kv_rule == "shallow" else own
+        return min(bits, policy.shallow_bits) if halted and not pinned and policy.kv_rule == "shallow" else own
 
     # Signals and rules.
 
