@@ -21,7 +21,7 @@ from tests.folders import tensors_of, write_folder
 from tests.unit.test_conversion import assert_same_weights, run
 
 Count = Callable[[str, int], None]
-KILLS = 60
+KILLS = 20
 
 needs_fork = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and limits files as Linux does")
 
