@@ -31,7 +31,7 @@ test: $(VENV)/dev ## the quick tests, a few minutes on two cores
 	@$(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS) --dist loadgroup
 
 test-slow: $(VENV)/dev ## the tests that take minutes
-	@$(BIN)/python -m pytest -m 'slow and not parity' || test $$? -eq 5
+	@$(BIN)/python -m pytest -m 'slow and not parity' -n $(WORKERS) --dist loadgroup
 
 test-parity: $(VENV)/parity ## live comparison with Hugging Face transformers on torch
 	@$(BIN)/python -m pytest -m parity

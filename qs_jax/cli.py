@@ -110,7 +110,9 @@ def bench(
         from qs_jax.loading import load
 
         loaded = load(model, dtype=dtype, revision=revision, verify=verify)
-        figures = benchmark(loaded, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        figures = benchmark(
+            loaded, policy=policy, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+        )
         if json:
             print_json(figures)
             return

@@ -89,8 +89,15 @@ def _c4(name: str, raw: str) -> Source:
 
 
 def _tinystories(name: str, raw: str) -> Source:
-    stories = [story.strip() for story in json.loads(raw)]
+    stories = [_with_plain_quotes(story).strip() for story in json.loads(raw)]
     return Source(name, *_without_duplicates(stories, 100), f"the last 100 of {len(stories)} stories")
+
+
+def _with_plain_quotes(story: str) -> str:
+    """Undo UTF-8 quotes that were once read as Windows-1252, and write every quote as most stories do, in ASCII."""
+    for wrong, right in (("â€œ", '"'), ("â€™", "'"), ("â€", '"'), ("“", '"'), ("”", '"')):
+        story = story.replace(wrong, right)
+    return story
 
 
 def _without_duplicates(documents: list[str], held_out: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

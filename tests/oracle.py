@@ -146,17 +146,16 @@ class Decoder:
     def _layer(self, layer: int, going: list[Token], resting: list[Token]) -> list[_Pass]:
         """A layer for every token of the piece; returns what those that are going showed."""
         network, rule = self.networks[8], self.policy.kv_rule
+        lower = self.networks[self._bits_at(layer, 8, halted=True)] if rule == "shallow" else network
         for token in going:
             self._leave(layer, token, *network.kv(layer, token.state, token.position))
         if rule != "drop":
-            lower = self.networks[self.policy.shallow_bits] if rule == "shallow" else network
             for token in resting:
                 k, v = lower.kv(layer, token.state, token.position)
                 zero = rule == "zero"
                 self._leave(layer, token, *((np.zeros_like(k), np.zeros_like(v)) if zero else (k, v)))
         passes = [self._pass(network, layer, token) for token in going]
         if rule == "shallow":
-            lower = self.networks[self.policy.shallow_bits]
             after = [self._pass(lower, layer, token).after for token in resting]
             for token, state in zip(resting, after, strict=True):
                 token.state = state
@@ -269,7 +268,7 @@ class Decoder:
         policy, precision = self.policy, self.policy.precision
         pinned = precision is not None and layer in [n % self.depth for n in precision.pinned]
         own = bits if precision is not None and layer >= self._first_adapted and not pinned else 8
-        return min(bits, policy.shallow_bits) if halted and policy.kv_rule == "shallow" else own
+        return min(bits, policy.shallow_bits) if halted and not pinned and policy.kv_rule == "shallow" else own
 
     # Signals and rules.
 

@@ -95,6 +95,10 @@ class Structure:
             cuts.add(self.precision.layer)
         return _runs(cuts, self.num_layers)
 
+    def demotes(self, layer: int) -> bool:
+        """Whether halted tokens go on through this layer at `shallow_bits`."""
+        return self.kv_rule == "shallow" and not (self.precision is not None and layer in self.precision.pinned)
+
     @property
     def adapts_bits(self) -> bool:
         """Whether rows may read weights at different precisions while decoding."""

@@ -160,14 +160,15 @@ class Ledger:
 
     def _stage(self, part: StagePass) -> tuple[int, int]:
         flops, read = 0, 0
-        shallow = self.structure.kv_rule == "shallow"
         seen = part.slots + part.tokens + part.resting
-        for layer in self.costs.layers[part.start : part.stop]:
+        for number in range(part.start, part.stop):
+            layer = self.costs.layers[number]
             whole = layer.flops + self.costs.attention_flops_per_slot * seen
             resting = {"shallow": whole, "frozen": layer.kv_flops}.get(self.structure.kv_rule, 0)
             flops += part.rows * (part.tokens * whole + part.resting * resting)
             read += layer.bytes[self.bits]
-            read += layer.bytes[self.structure.shallow_bits] if shallow and part.resting else 0
+            if part.resting and self.structure.demotes(number):
+                read += layer.bytes[self.structure.shallow_bits]
         return flops, read
 
     def _count_verdict(self, part: StagePass) -> None:
@@ -210,14 +211,18 @@ class Ledger:
                     self._probe(rows * self._signal_flops(structure.decode.signal))
                 if work.rows_probed[step, index]:
                     self._lens(int(work.rows_probed[step, index]))
-        if structure.needs_output_entropy:
-            self._probe(steps * rows * _ENTROPY_FLOPS * costs.vocab_size)
+        self.add_output_entropy(steps * rows)
         self.run.flops += steps * rows * costs.head_flops
         self.run.weight_bytes += steps * costs.head_bytes
         per_row = sum(layer.flops for layer in costs.layers) + costs.head_flops
         per_row += len(costs.layers) * costs.attention_flops_per_slot * (twin_slots + 1)
         self.twin.flops += steps * rows * per_row
         self.twin.weight_bytes += steps * costs.step_bytes()
+
+    def add_output_entropy(self, tokens: int) -> None:
+        """Count the entropy of what so many tokens were chosen from, where the policy remembers it."""
+        if self.structure.needs_output_entropy:
+            self._probe(tokens * _ENTROPY_FLOPS * self.costs.vocab_size)
 
     def _segment(
         self, work: Work, step: int, index: int, rows: int, layers: Iterable[int], slots: Sequence[int]
@@ -236,8 +241,8 @@ class Ledger:
     def _read(self, by_bits: Mapping[int, int], number: int, in_use: Bool[Array | np.ndarray, " precisions"]) -> int:
         """Bytes of a layer's weights: once for every precision that some row asked for."""
         precision = self.structure.precision
-        shallow = self.structure.decode is not None and self.structure.kv_rule == "shallow"
-        if not shallow and (precision is None or not precision.adapts(number)):
+        demotes = self.structure.decode is not None and self.structure.demotes(number)
+        if not demotes and (precision is None or not precision.adapts(number)):
             return by_bits[self.bits]
         return sum(by_bits[bits] for bits, used in zip(BITS, in_use, strict=True) if used)
 

@@ -81,7 +81,8 @@ class Fusion:
         distance: `cosine` 1 - cos(h_t, h_u), or `l2` the paper's ‖h_t - h_u‖.
         thresholds: a pair fuses where its distance is below; one for all layers or one per layer.
         layers: after which layers; None: every `step`th from the fraction `start` of the depth on.
-        position: the position of the fused token: its last member's, the floor of the members' mean, or the first's.
+        position: the position of the fused token: its right token's, the floor of the pair's mean weighted by size, or
+            its left token's.
         size_bias: add log(size) to its attention logits, so that it weighs as its members did (ToMe, arXiv 2210.09461).
     """
 

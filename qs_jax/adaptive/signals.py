@@ -1,5 +1,7 @@
 """What a token shows of itself between layers: pure functions of hidden states and logits, one number per token."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,6 +14,32 @@ Hidden = Float[Array, "*tokens hidden"]
 Value = Float[Array, "*tokens"]
 
 _TINY = 1e-12
+
+
+class Evidence(NamedTuple):
+    """What there is to see of tokens after a layer: its input, output and attention update, and whose they are.
+
+    Entropies in bits, None where no policy asks for them: of the intermediate logits, and of the previous output.
+    """
+
+    before: Hidden
+    after: Hidden
+    update: Hidden
+    positions: Int[Array, "*tokens"]
+    ids: Int[Array, "*tokens"]
+    entropy: Value | None
+    previous_entropy: Value | None = None
+
+    def value(self, name: str, layer: int) -> Value:
+        """The signal that policies call `name`, after `layer` layers."""
+        known = {"entropy": self.entropy, "previous_entropy": self.previous_entropy}
+        if (entropy := known.get(name)) is not None:
+            return entropy
+        if name == "random":
+            return uniform(self.positions, self.ids, layer)
+        if name == "attention_update":
+            return attention_update(self.before, self.update)
+        return DRIFTS[name](self.before, self.after)
 
 
 def norm(x: Hidden) -> Value:

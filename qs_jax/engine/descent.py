@@ -24,7 +24,6 @@ from qs_jax.models.base import Block, CausalLM, Heads, Hidden
 
 PerRow = Bool[Array, " batch"]
 Bits = Int[Array, " batch"]
-Value = Float[Array, " batch"]
 
 _FEWEST_ROWS_TO_GATHER = 4
 
@@ -68,6 +67,19 @@ class Descent(NamedTuple):
     rows: Rows
     written: tuple[Written, ...]
     work: Work
+
+
+class _Input(NamedTuple):
+    """What a segment works on; every leaf has one row per row of the batch, so that rows can be gathered.
+
+    `bits` holds each row's precision by layer, None where every row reads all bits, so that nothing is traced for it.
+    """
+
+    hidden_states: Hidden
+    positions: Int[Array, "batch 1"]
+    active: PerRow
+    layers: tuple[LayerCache, ...]
+    bits: tuple[Bits | None, ...]
 
 
 class _Ran(NamedTuple):
@@ -129,18 +141,18 @@ def _segment(
     shallow = structure.kv_rule == "shallow"
     active = ~context.idle if shallow else ~context.idle & ~rows.halted
     bits = jnp.where(rows.halted, jnp.minimum(rows.bits, structure.shallow_bits), rows.bits) if shallow else rows.bits
-    per_layer = [_bits_of(layer, bits, rows.halted, structure) for layer in range(start, start + len(blocks))]
-    operands = (rows.hidden_states, context.positions, active, tuple(layers), per_layer)
+    per_layer = tuple(_bits_of(layer, bits, rows.halted, structure) for layer in range(start, start + len(blocks)))
+    given = _Input(rows.hidden_states, context.positions, active, tuple(layers), per_layer)
     run = partial(_run, blocks, halting=structure.decode is not None and not shallow)
     batch = active.shape[0]
     if structure.decode is None or start == 0 or shallow:
-        ran, rows_run = run(*operands), jnp.int32(batch)
+        ran, rows_run = run(given), jnp.int32(batch)
     else:
         rest = partial(_rest, blocks, structure=structure)
         sizes = [0, batch // 2, batch] if batch >= _FEWEST_ROWS_TO_GATHER else [0, batch]
         branches = [rest, *(partial(_run_gathered, run, rest, size) for size in sizes[1:-1]), run]
         branch = (active.sum(dtype=jnp.int32) > jnp.asarray(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
-        ran = jax.lax.switch(branch, branches, *operands)
+        ran = jax.lax.switch(branch, branches, given)
         rows_run = jnp.asarray(sizes, jnp.int32)[branch]
     read = sum((jnp.full((batch,), FULL, jnp.int32) if b is None else b for b in per_layer), jnp.zeros_like(bits))
     rows = rows._replace(
@@ -157,10 +169,10 @@ def _segment(
 
 
 def _bits_of(layer: int, bits: Bits, halted: PerRow, structure: Structure) -> Bits | None:
-    """Each row's precision in a layer; None where every row reads all bits, so that nothing is traced for it."""
+    """Each row's precision in a layer, or None: see `_Input`."""
     precision = structure.precision
     adapts = precision is not None and precision.adapts(layer)
-    if structure.decode is not None and structure.kv_rule == "shallow":
+    if structure.decode is not None and structure.demotes(layer):
         return bits if adapts else jnp.where(halted, bits, FULL)
     return bits if adapts else None
 
@@ -169,62 +181,37 @@ def _read_at(block: Block, bits: Bits | None) -> Block:
     return block if bits is None else at_bits(block, bits)
 
 
-def _run(
-    blocks: Sequence[Block],
-    hidden_states: Hidden,
-    positions: Int[Array, "batch 1"],
-    active: PerRow,
-    layers: tuple[LayerCache, ...],
-    per_layer: list[Bits | None],
-    *,
-    halting: bool,
-) -> _Ran:
+def _run(blocks: Sequence[Block], given: _Input, *, halting: bool) -> _Ran:
     """All layers of a segment for the whole batch; inactive rows keep their state and still give keys and values."""
-    kv, last_input, update = [], hidden_states, jnp.zeros_like(hidden_states)
-    for block, layer, bits in zip(blocks, layers, per_layer, strict=True):
+    hidden_states = last_input = given.hidden_states
+    kv, update = [], jnp.zeros_like(hidden_states)
+    for block, layer, bits in zip(blocks, given.layers, given.bits, strict=True):
         last_input = hidden_states
-        hidden_states, k, v, update = _read_at(block, bits).run(hidden_states, positions, (segment(layer),))
+        hidden_states, k, v, update = _read_at(block, bits).run(hidden_states, given.positions, (segment(layer),))
         if halting:
-            hidden_states = jnp.where(active[:, None, None], hidden_states, last_input)
+            hidden_states = jnp.where(given.active[:, None, None], hidden_states, last_input)
         kv.append((k, v))
     return _Ran(hidden_states, last_input, update, tuple(kv))
 
 
-def _rest(
-    blocks: Sequence[Block],
-    hidden_states: Hidden,
-    positions: Int[Array, "batch 1"],
-    active: PerRow,
-    layers: tuple[LayerCache, ...],
-    per_layer: list[Bits | None],
-    *,
-    structure: Structure,
-) -> _Ran:
+def _rest(blocks: Sequence[Block], given: _Input, *, structure: Structure) -> _Ran:
     """What is left to do where no row runs: keys and values from the frozen states, or nothing."""
+    hidden_states = given.hidden_states
     if structure.kv_rule == "frozen":
-        kv = [_read_at(b, bits).kv(hidden_states, positions) for b, bits in zip(blocks, per_layer, strict=True)]
+        read = [_read_at(block, bits) for block, bits in zip(blocks, given.bits, strict=True)]
+        kv = [block.kv(hidden_states, given.positions) for block in read]
     else:
-        batch, kv_heads, _, head_dim = layers[0].keys.shape
+        batch, kv_heads, _, head_dim = given.layers[0].keys.shape
         empty = jnp.zeros((batch, 1, kv_heads, head_dim), hidden_states.dtype)
         kv = [(empty, empty) for _ in blocks]
     return _Ran(hidden_states, hidden_states, jnp.zeros_like(hidden_states), tuple(kv))
 
 
-def _run_gathered(
-    run: partial,
-    rest: partial,
-    size: int,
-    hidden_states: Hidden,
-    positions: Int[Array, "batch 1"],
-    active: PerRow,
-    layers: tuple[LayerCache, ...],
-    per_layer: list[Bits | None],
-) -> _Ran:
+def _run_gathered(run: partial, rest: partial, size: int, given: _Input) -> _Ran:
     """The active rows alone, gathered into a batch of `size`; the others rest."""
-    chosen = jnp.argsort(~active, stable=True)[:size]
-    whole = (hidden_states, positions, active, layers, per_layer)
-    part = run(*jax.tree.map(lambda leaf: leaf[chosen], whole))
-    return jax.tree.map(lambda all_rows, some: all_rows.at[chosen].set(some), rest(*whole), part)
+    chosen = jnp.argsort(~given.active, stable=True)[:size]
+    part = run(jax.tree.map(lambda leaf: leaf[chosen], given))
+    return jax.tree.map(lambda all_rows, some: all_rows.at[chosen].set(some), rest(given), part)
 
 
 def _written(k: Heads, v: Heads, idle: PerRow, resting: PerRow, structure: Structure) -> Written:
@@ -261,22 +248,13 @@ def _decide(
         # a row that has halted keeps its bits: whether its entropy was taken at all depends on its batch mates
         rows = rows._replace(bits=jnp.where(running, jnp.where(context.protected, FULL, bits), rows.bits))
     if halting:
-        values = {name: _value(name, ran, context, entropy, layer) for name in halting.reads}
+        before, after, update, place = (
+            x[:, 0] for x in (ran.last_input, ran.hidden_states, ran.last_update, context.positions)
+        )
+        seen = signals.Evidence(before, after, update, place, context.tokens, entropy, context.previous_entropy)
+        values = {name: seen.value(name, layer) for name in halting.reads}
         halt = halts(halting, values, thresholds.decode_halt[layer], thresholds.decode_entropy, context.protected)
         rows = rows._replace(
             halted=rows.halted | (halt & running), signal=jnp.where(running, values[halting.signal], rows.signal)
         )
     return rows, probed
-
-
-def _value(name: str, ran: _Ran, context: Context, entropy: Value, layer: int) -> Value:
-    before, after, update = (x[:, 0] for x in (ran.last_input, ran.hidden_states, ran.last_update))
-    if name == "entropy":
-        return entropy
-    if name == "previous_entropy":
-        return context.previous_entropy
-    if name == "random":
-        return signals.uniform(context.positions[:, 0], context.tokens, layer)
-    if name == "attention_update":
-        return signals.attention_update(before, update)
-    return signals.DRIFTS[name](before, after)

@@ -192,9 +192,10 @@ class _Prefill:
         layer: int,
     ) -> None:
         """Write a verdict into the trace."""
-        trace = self.result.trace
+        trace, halting = self.result.trace, self.bound.structure.prompt
         for row in range(len(valid)):
-            trace.signal[row][origins[row, valid[row]]] = signal[row, valid[row]]
+            if halting is not None and layer in halting.layers:  # else tokens were only asked to fuse
+                trace.signal[row][origins[row, valid[row]]] = signal[row, valid[row]]
             trace.layers_run[row][origins[row, halted[row]]] = layer
             gone = np.flatnonzero(absorbed[row])
             trace.layers_run[row][origins[row, gone]] = layer

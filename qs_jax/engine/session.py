@@ -119,6 +119,7 @@ class Session:
         )
         self.prefilled = prefilled
         self._count_prefill(prefilled)
+        self.ledger.add_output_entropy(request.rows)
         rows = [index for index in range(len(request.prompts)) for _ in range(request.copies)]
         lengths = np.asarray([len(request.prompts[row]) for row in rows], np.int32)
         seen = np.zeros((len(rows), self.model.config.vocab_size if request.plan.penalise else 0), bool)

@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
 
 
 class _Last(NamedTuple):
-    """The last layer of a stage as signals look at it."""
+    """The last layer of a stage: what it was given, what it made of that, and its attention update."""
 
     before: Float[Array, "batch tokens hidden"]
     after: Float[Array, "batch tokens hidden"]
@@ -98,8 +98,9 @@ def run_stage(
     """
     layers = []
     last = _Last(active.hidden_states, active.hidden_states, active.hidden_states)
-    for block, layer in zip(model.blocks[start:stop], cache, strict=True):
-        active, resting, layer, last = _layer(block, layer, active, resting, structure, fresh=fresh)
+    for number, layer in enumerate(cache, start):
+        parts = _parts(model.blocks[number], number, structure)
+        active, resting, layer, last = _layer(parts, layer, active, resting, structure, fresh=fresh)
         layers.append(layer)
     if stop == structure.num_layers:
         return active, resting, tuple(layers), None
@@ -107,20 +108,30 @@ def run_stage(
     return active, resting, tuple(layers), verdict
 
 
+def _parts(block: Block, number: int, structure: Structure) -> tuple[Block, Block]:
+    """A layer as the active tokens read it, and as the resting ones do."""
+    return block, at_bits(block, structure.shallow_bits) if structure.demotes(number) else block
+
+
 def _layer(
-    block: Block, layer: LayerCache, active: Tokens, resting: Tokens | None, structure: Structure, *, fresh: bool
+    parts: tuple[Block, Block],
+    layer: LayerCache,
+    active: Tokens,
+    resting: Tokens | None,
+    structure: Structure,
+    *,
+    fresh: bool,
 ) -> tuple[Tokens, Tokens | None, LayerCache, _Last]:
     """One layer for both groups; every token sees, of both and of the past, what stands before it."""
+    block, low = parts
     past = () if fresh else (segment(layer),)
     k, v = block.kv(active.hidden_states, active.positions)
-    groups, parts = [(active, k, v)], [block]
+    groups = [(active, k, v)]
     if resting is not None:
-        low = at_bits(block, structure.shallow_bits) if structure.kv_rule == "shallow" else block
         rest_k, rest_v = low.kv(resting.hidden_states, resting.positions)  # under `zero` only their shapes survive
         if structure.kv_rule == "zero":
             rest_k, rest_v = jnp.zeros_like(rest_k), jnp.zeros_like(rest_v)
         groups.append((resting, rest_k, rest_v))
-        parts.append(low)
 
     def attended(block: Block, queries: Tokens) -> tuple[Array, Array]:
         view = (*past, *(_seen_by(queries, tokens, k, v, structure) for tokens, k, v in groups))
@@ -130,7 +141,7 @@ def _layer(
     update, after = attended(block, active)
     last = _Last(active.hidden_states, after, update)
     if resting is not None and structure.kv_rule == "shallow":
-        resting = resting._replace(hidden_states=attended(parts[1], resting)[1])
+        resting = resting._replace(hidden_states=attended(low, resting)[1])
     for tokens, k, v in groups:
         layer = append(layer, k, v, tokens.positions, tokens.valid, _bias(tokens, structure))
     return active._replace(hidden_states=after), resting, layer, last
@@ -159,10 +170,9 @@ def _judge(
     halt, absorbed, signal = nobody, nobody, jnp.zeros(active.valid.shape, jnp.float32)
     halting, fusion = structure.prompt, structure.fusion
     if halting is not None and layer in halting.layers:
-        values = {
-            name: _value(name, model, active, last, structure, layer)
-            for name in {halting.signal, halting.gate} - {None}
-        }
+        entropy = signals.lens_entropy(model, last.after, structure.shortlist) if halting.probes else None
+        seen = signals.Evidence(*last, active.origins, active.ids, entropy)
+        values = {name: seen.value(name, layer) for name in halting.reads}
         exempt = active.protected | ~active.valid
         halt = halts(halting, values, thresholds.prompt_halt[layer], thresholds.prompt_entropy, exempt)
         signal = values[halting.signal]
@@ -173,18 +183,6 @@ def _judge(
         absorbed = fused.absorbed
         active = active._replace(hidden_states=fused.hidden_states, positions=fused.positions, sizes=fused.sizes)
     return active, Verdict(halt, absorbed, signal)
-
-
-def _value(
-    name: str, model: CausalLM, active: Tokens, last: _Last, structure: Structure, layer: int
-) -> Float[Array, "batch tokens"]:
-    if name == "entropy":
-        return signals.lens_entropy(model, last.after, structure.shortlist)
-    if name == "random":
-        return signals.uniform(active.origins, active.ids, layer)
-    if name == "attention_update":
-        return signals.attention_update(last.before, last.update)
-    return signals.DRIFTS[name](last.before, last.after)
 
 
 @partial(jax.jit, static_argnames=("width", "rest_width"))

@@ -4,6 +4,7 @@ import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qs_jax.adaptive.ledger import Costs
+from qs_jax.adaptive.policy import Policy
 from qs_jax.generation import CHUNK, generate
 from qs_jax.loading import Model
 
@@ -36,6 +38,7 @@ def measured_bandwidth(repeats: int = 10) -> float:
 def benchmark(
     model: Model,
     *,
+    policy: str | Path | Policy = "off",
     bits: int | None = None,
     batch: int = 1,
     prompt_tokens: int = 128,
@@ -45,16 +48,21 @@ def benchmark(
 ) -> dict[str, Any]:
     """Time prefill and decoding of random prompts, compilation apart; medians over `repeats` runs.
 
+    Raises:
+        PolicyError: the policy cannot be read or does not fit the model.
+        GenerationError: the model has no planes to read at `bits`.
+
     Returns:
         The figures of the command line's JSON contract. `decode_ms_per_step` is for the whole batch,
-        `tokens_per_second` counts all rows while decoding, `bandwidth_gb_s` is bytes of weights read per second of
-        decoding, and `bandwidth_fraction` sets that against a matrix-vector product measured in the same process.
+        `tokens_per_second` counts all rows while decoding, `bandwidth_gb_s` is bytes per second of the weights that
+        dense decoding at `bits` would read (a policy that skips weights can exceed the memory's), and
+        `bandwidth_fraction` sets that against a matrix-vector product measured in the same process.
     """
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).tolist()
 
     def run() -> Any:
-        return generate(model, prompts, max_new_tokens=new_tokens + 1, eos_token_id=[], bits=bits)
+        return generate(model, prompts, max_new_tokens=new_tokens + 1, eos_token_id=[], policy=policy, bits=bits)
 
     compile_s = run().timing["compile_s"]
     ceiling = measured_bandwidth()
@@ -73,6 +81,7 @@ def benchmark(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "chunk": CHUNK,
+        "policy": Policy.of(policy).to_json(),
         "dtype": str(model.dtype),
         "bits": bits,
         "device": jax.devices()[0].device_kind,

@@ -22,7 +22,7 @@ from tests.hostile.forking import Worker, kill
 from tests.unit.test_conversion import assert_same_weights, run
 
 Count = Callable[[str, int], None]
-KILLS = 60
+KILLS = 20
 CALIBRATION_KILLS = 50
 
 needs_fork = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and limits files as Linux does")

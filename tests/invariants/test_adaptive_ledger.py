@@ -22,7 +22,9 @@ def prompt_flops(case: Case, costs: Costs, engine: Run, places: int) -> int:
     assert prompt is not None
     assert fusion is not None
     halted = engine.prompt.layers_run[0][engine.prompt.fused_with[0] < 0]
-    total = costs.head_flops
+    decode = case.policy.decode_halting
+    remembers = decode is not None and "previous_entropy" in decode.sources
+    total = costs.head_flops + remembers * 6 * case.model.config.vocab_size
     for number, layer in enumerate(costs.layers):
         resting = places if (halted <= number).any() and case.policy.kv_rule != "drop" else 0
         total += places * (layer.flops + costs.attention_flops_per_slot * (places + resting))

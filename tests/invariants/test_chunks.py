@@ -10,9 +10,14 @@ TOKENS = 7
 CHUNK = 4
 
 
+ROUNDING = 1e-5
+
+
 def assert_equal(one: Run, other: Run) -> None:
-    for name in ("tokens", "logprobs", "layers_run", "signal"):
-        assert getattr(one, name) == getattr(other, name)
+    """Every decision the same, every number to rounding: programs of another chunk size may add in another order."""
+    assert (one.tokens, one.layers_run) == (other.tokens, other.layers_run)
+    np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(one.signal, other.signal, rtol=0, atol=ROUNDING)
     np.testing.assert_array_equal(one.slots[-1], other.slots[-1])
 
 

@@ -1,4 +1,7 @@
-"""With every mechanism off, or on and neutral, the engine is the dense model to the last bit."""
+"""With every mechanism off, or on and neutral, the engine is the dense model to the last bit.
+
+Matryoshka weights are the exception: neutral is the dense model to rounding there.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import pytest
 from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate, append, segment
 from qs_jax.loading import Model
+from qs_jax.matryoshka.linear import has_planes
 from tests.invariants.cases import LAYERS, QUICK, THE_REST, Case, each, neutral, on
 from tests.invariants.running import Run, run
 from tests.tiny import tiny_model
@@ -64,7 +68,9 @@ def test_neutral_is_off(case: Case) -> None:
     model = case.model
     expected, engine = off(model), run(model, neutral(case), [PROMPT], NEW_TOKENS, chunk_size=CHUNK)
     assert engine.tokens == expected.tokens
-    assert engine.logprobs == expected.logprobs
+    # rows that may read at fewer bits take another path through the planes, which may add in another order
+    rounding = 1e-5 if has_planes(model.network) else 0.0
+    np.testing.assert_allclose(engine.logprobs, expected.logprobs, rtol=0, atol=rounding)
     assert engine.layers_run == expected.layers_run
     for ours, theirs in zip(engine.slots, expected.slots, strict=True):
         np.testing.assert_array_equal(ours, theirs)

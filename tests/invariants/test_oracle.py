@@ -50,7 +50,7 @@ def test_engine_is_oracle(case: Case, data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @each((*QUICK, *THE_REST))
-@settings(max_examples=60)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_engine_is_oracle_on_longer_prompts(case: Case, data: st.DataObject) -> None:
     check(case, data, 40)
