@@ -170,7 +170,9 @@ print(f"room for {tokens:,} cached tokens: {tokens // config.max_position_embedd
 # %%
 question = "Tell me a very short story about a dog and a red ball."
 chat = model.tokenizer is not None and model.tokenizer.has_chat_template
-prompt = [{"role": "user", "content": question}] if chat else "Once upon a time, there was a dog who had a red ball. One"
+prompt = (
+    [{"role": "user", "content": question}] if chat else "Once upon a time, there was a dog who had a red ball. One"
+)
 
 settings = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.7, "top_p": 0.95, "seed": 5}
 print(question if chat else prompt, end="\n\n" if chat else "")

@@ -152,7 +152,9 @@ show("off", "dense")
 # %%
 layers = tuple(range(depth // 2, depth, 2))
 halting = Halting("relative_drift", 0.12, layers=layers)
-show(Policy(name="halting", prompt_halting=halting), f"halting: prompt tokens, after layers {layers[0]} to {layers[-1]}")
+show(
+    Policy(name="halting", prompt_halting=halting), f"halting: prompt tokens, after layers {layers[0]} to {layers[-1]}"
+)
 
 # %% [markdown]
 # ### KV skipping
@@ -173,7 +175,9 @@ show(dropped, "the same, and halted tokens leave nothing in deeper caches")
 
 # %%
 fusion = Fusion("cosine", 0.5, layers=(depth // 2,))
-show(Policy(name="fusion", fusion=fusion), f"fusion: neighbours within a cosine distance of 0.5 after layer {depth // 2}")
+show(
+    Policy(name="fusion", fusion=fusion), f"fusion: neighbours within a cosine distance of 0.5 after layer {depth // 2}"
+)
 
 # %% [markdown]
 # ### Adaptive Matryoshka quantization

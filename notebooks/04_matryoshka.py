@@ -84,7 +84,10 @@ dense, planes = qs_jax.load(MODEL), qs_jax.load(WORK / "planes")
 
 # %%
 path, layer = "mlp.down", 3
-kernel, exact = planes.network.blocks[layer].down.kernel.get_value(), dense.network.blocks[layer].down.kernel.get_value()
+kernel, exact = (
+    planes.network.blocks[layer].down.kernel.get_value(),
+    dense.network.blocks[layer].down.kernel.get_value(),
+)
 
 row = np.asarray(exact)[0, :8]
 print(f"eight weights of layer {layer}'s {path}, and how they read")
@@ -183,6 +186,7 @@ for bits, result in uniform.items():
 # Adaptive Matryoshka quantization reads 4 bits where the previous step's output had low entropy, else 8. Choosing at
 # random, at the same mean, is the baseline that any such signal must beat: if its points lie no lower than the line
 # of random choices, the signal does not work on this model.
+
 
 # %%
 def per_token(signal: str, threshold: float) -> tuple[float, float]:

@@ -170,9 +170,7 @@ def test_calibration_killed_at_any_point(tmp_path: Path, calibrator: Worker, cou
 
 
 @needs_fork
-def test_a_calibration_on_a_full_disk_is_one_line_and_keeps_the_old_policy(
-    tmp_path: Path, calibrator: Worker
-) -> None:
+def test_a_calibration_on_a_full_disk_is_one_line_and_keeps_the_old_policy(tmp_path: Path, calibrator: Worker) -> None:
     target = tmp_path / "policy.json"
     Policy.paper().save(target)
     before = target.read_bytes()
