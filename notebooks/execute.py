@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-SECONDS_PER_CELL = 900
+SECONDS_PER_CELL = 3600
 _TAG = "docs="
 
 

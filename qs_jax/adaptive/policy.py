@@ -126,7 +126,10 @@ class Precision:
         _thresholds("precision.four_below", self.four_below)
         _require(self.layer is None or _is_whole(self.layer), "precision.layer", self.layer, "a layer number, or null")
         _require(
-            all(_is_whole(n, None) for n in self.pinned), "precision.pinned", self.pinned, "a list of layer numbers"
+            isinstance(self.pinned, tuple) and all(_is_whole(n, None) for n in self.pinned),
+            "precision.pinned",
+            self.pinned,
+            "a list of layer numbers",
         )
 
 

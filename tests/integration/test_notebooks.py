@@ -1,4 +1,4 @@
-"""The saved notebooks are what their sources say, were run to the end, and show nothing of the machine that ran them."""
+"""The saved notebooks are what their sources say, ran to the end, and show nothing of the machine that ran them."""
 
 import json
 import re
