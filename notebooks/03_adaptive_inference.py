@@ -68,7 +68,7 @@ print(f"{depth} layers on {jax.default_backend()}")
 #
 # `generate` returns a trace: for every token of the prompt and of the output, how many layers it ran, whether it was fused
 # into another, and at how many bits weights were read. The figures below draw it over the text: **the greener, the
-# fewer layers**; a dotted frame marks a prompt token that was fused into a later one, a purple line a token that read
+# fewer layers**; a dotted line marks a prompt token that was fused into a later one, a purple line a token that read
 # fewer bits. New text is bold.
 
 # %%
@@ -317,7 +317,8 @@ x, y, bars = point(result)
 axes.errorbar([x], [y], yerr=bars, fmt="o", color="#0b6e4f", capsize=3, label=chosen.name)
 axes.plot([0], [0], "ok", label="dense")
 axes.axhline(0.2, color="grey", linestyle=":", label="budget 0.2")
-axes.set(xlabel="FLOPs saved, % (prompt and scored tokens)", ylabel="perplexity increase", yscale="symlog")
+axes.set(xlabel="FLOPs saved, % (prompt and scored tokens)", ylabel="perplexity increase")
+axes.set_ylim(max(-1.0, axes.get_ylim()[0]), min(2.0, axes.get_ylim()[1]))
 axes.grid(alpha=0.3)
 axes.legend(fontsize=8)
 figure.tight_layout()

@@ -123,7 +123,7 @@ depth = dense.config.num_hidden_layers
 for bits in BITS:
     for number, kind in enumerate(kinds):
         decibels = [-10 * math.log10(errors[f"blocks.{n}.{kind}.kernel"][str(bits)]) for n in range(depth)]
-        style = ("-", "--", ":", "-.")[number % 4]
+        style = ("-", "--", ":", "-.", (0, (1, 4)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 5)))[number % 7]
         label = f"{kind}, {bits} bits" if bits == BITS[0] else None
         axes.plot(range(depth), decibels, style, color=COLOURS[bits], alpha=0.8, label=label)
     axes.annotate(f"{bits} bits", (depth - 0.9, decibels[-1]), color=COLOURS[bits], weight="bold", va="center")
@@ -174,7 +174,7 @@ if TEXT is None:
 else:
     documents = read_documents(TEXT)
 
-plan = Plan(prefix=32, window=64, max_tokens=2048, batch=8)
+plan = Plan(prefix=32, window=64, max_tokens=1024, batch=8)
 windows = cut(planes, documents, plan)
 uniform = {bits: evaluate(planes, windows, Policy.off(), plan, bits=bits) for bits in BITS}
 for bits, result in uniform.items():
@@ -196,9 +196,10 @@ def per_token(signal: str, threshold: float) -> tuple[float, float]:
     return result["ledger"]["bits_mean"], result["perplexity"]
 
 
+dense_end, coarse_end = (8.0, uniform[8]["perplexity"]), per_token("random", 1.0)
 curves = {
-    "previous_entropy": [per_token("previous_entropy", threshold) for threshold in (0.0, 2.0, 4.0, 6.0, math.inf)],
-    "random": [per_token("random", share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)],
+    signal: [dense_end, *(per_token(signal, threshold) for threshold in thresholds), coarse_end]
+    for signal, thresholds in {"previous_entropy": (2.0, 4.0, 6.0), "random": (0.25, 0.5, 0.75)}.items()
 }
 figure, axes = plt.subplots(figsize=(7, 4), dpi=110)
 for (name, points), style in zip(curves.items(), ("o-", "s--"), strict=True):
