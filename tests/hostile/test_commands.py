@@ -79,7 +79,7 @@ def test_ten_megabytes_on_one_line_are_cut_in_bounded_time(folder: Path, tmp_pat
     model = load(folder, compilation_cache=False)
     windows = cut(model, read_documents(tmp_path / "a.txt"), Plan(prefix=64, window=64, max_tokens=1024))
     assert len(windows) == 16
-    assert time.process_time() - started < 2 * SECONDS
+    assert time.process_time() - started < 4 * SECONDS
 
 
 POLICIES: dict[str, tuple[Any, str]] = {
