@@ -10,7 +10,7 @@ import sys
 
 from benchmarks import speed
 
-ARGUMENTS = ("decode", "--model", "gpt2-124m", "--batch", "1", "2", "8", "--peers", "transformers float32")
+ARGUMENTS = ("decode", "--model", "gpt2-124m", "--batch", "1", "2", "8", "--bits", "--peers", "transformers float32")
 
 if __name__ == "__main__":
     speed.main([*ARGUMENTS, *sys.argv[1:]])

@@ -38,7 +38,8 @@ _KEPT = ("decode_ms_per_step", "prefill_s", "compile_s", "peak_rss_mb")
 def measure(point: Mapping[str, int]) -> dict[str, float]:
     """One point, in this process."""
     model = random_model({**SHAPES["gpt2-124m"], "n_layer": point["layers"]}, "scaling")
-    figures = benchmark(model, **{name: value for name, value in point.items() if name != "layers"})
+    sizes: dict[str, Any] = {name: value for name, value in point.items() if name != "layers"}
+    figures = benchmark(model, **sizes)
     return {name: figures[name] for name in _KEPT}
 
 

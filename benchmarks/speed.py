@@ -14,8 +14,9 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,14 @@ from benchmarks.peers import Generate, Prompts, installed_peers, write_hugging_f
 from benchmarks.shapes import SHAPES, model_named, nested_model
 from qs_jax.adaptive.ledger import Costs
 from qs_jax.console import reporting_errors
-from qs_jax.evaluation.benchmark import measured_bandwidth
+from qs_jax.evaluation.benchmark import bandwidth_probe
 from qs_jax.generation import generate
 from qs_jax.loading import Model
 
 OURS = "qs_jax float32"
 PROMPT_TOKENS = 32
 _COMPARED_TOKENS = 8
+_PROBE, _PROBES = "bandwidth", 10
 
 
 def our_generate(model: Model, **settings: Any) -> Generate:
@@ -53,15 +55,22 @@ def random_prompts(model: Model, batch: int, tokens: int) -> Prompts:
     return np.random.default_rng(batch).integers(3, model.config.vocab_size, (batch, tokens)).tolist()
 
 
-def seconds_per_step(sides: dict[str, Generate], prompts: Prompts, steps: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per decode step of the whole batch, one figure per round."""
-    candidates: dict[str, Callable[[], Any]] = {}
+def seconds_per_step(
+    sides: dict[str, Generate],
+    prompts: Prompts,
+    steps: int,
+    rounds: int,
+    beside: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
+) -> dict[str, list[float]]:
+    """Seconds per decode step of the whole batch, one figure per round; and per call of what is timed `beside`."""
+    candidates = dict(beside)
     for name, side in sides.items():
         candidates[f"{name}/long"] = lambda side=side: side(prompts, steps + 1)
         candidates[f"{name}/short"] = lambda side=side: side(prompts, 1)
     seconds = interleaved(candidates, rounds)
     pairs = {name: zip(seconds[f"{name}/long"], seconds[f"{name}/short"], strict=True) for name in sides}
-    return {name: [(long - short) / steps for long, short in both] for name, both in pairs.items()}
+    per_step = {name: [(long - short) / steps for long, short in both] for name, both in pairs.items()}
+    return {**per_step, **{name: seconds[name] for name in beside}}
 
 
 def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -80,14 +89,14 @@ def agreement(sides: dict[str, Generate], prompts: Prompts) -> dict[str, float]:
 
 
 def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int, rounds: int) -> dict[str, Any]:
-    """One batch size: time per step of every side, and our share of the bandwidth measured before and after."""
+    """One batch size: time per step of every side, and our share of the bandwidth measured in the same rounds."""
     prompts = random_prompts(model, batch, PROMPT_TOKENS)
     agreed = agreement(sides, prompts)
-    before = measured_bandwidth()
-    seconds = seconds_per_step(sides, prompts, steps, rounds)
-    bandwidth = statistics.median([before, measured_bandwidth()])
-    costs = Costs.of(model.network)
-    reached = costs.step_bytes() / statistics.median(seconds[OURS])
+    probe, size = bandwidth_probe()
+    probes = {_PROBE: lambda: [probe() for _ in range(_PROBES)]}
+    seconds = seconds_per_step(sides, prompts, steps, rounds, probes)
+    bandwidth = [_PROBES * size / taken for taken in seconds.pop(_PROBE)]
+    ideal = [Costs.of(model.network).step_bytes() / reached for reached in bandwidth]
     return {
         "batch": batch,
         "prompt_tokens": PROMPT_TOKENS,
@@ -95,8 +104,8 @@ def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int,
         "rounds": rounds,
         "sides": compared(seconds),
         "agreement": agreed,
-        "measured_bandwidth_gb_s": bandwidth / 1e9,
-        "bandwidth_fraction": reached / bandwidth,
+        "measured_bandwidth_gb_s": statistics.median(bandwidth) / 1e9,
+        "bandwidth_fraction": median_ratio(ideal, seconds[OURS]),
         "date": environment()["date"],
     }
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from convert.mapping import to_hugging_face
 from qs_jax.checkpoint import replacing
-from qs_jax.config import read_config_json
-from qs_jax.models import arrays_by_path, parse_config, random_network
+from qs_jax.config import ModelConfig, read_config_json
+from qs_jax.loading import load
+from qs_jax.models import CausalLM, arrays_by_path, parse_config, random_network
 from reference_models.checkpoints import Checkpoints
 from reference_models.data import DataError
 from reference_models.tokens import save_tokenizer
@@ -47,7 +48,7 @@ def export(work_dir: Path, tokens: Path, target: Path, *, hardware: str, overwri
         raise DataError(f"{work_dir}: no best weights; train at least to the first validation")
     weights, progress = Checkpoints(work_dir / "best", keep=1, read_only=True).restore(template)
     tensors = to_hugging_face(arrays_by_path(nnx.merge(graph, weights)), network.config)
-    tokenizer = _tokenizer(tokens / "tokenizer.json")
+    tokenizer = read_tokenizer(tokens / "tokenizer.json")
     record = {
         "hardware": hardware,
         "best": progress,
@@ -64,6 +65,51 @@ def export(work_dir: Path, tokens: Path, target: Path, *, hardware: str, overwri
         (work / RECORD).write_text(json.dumps(record, separators=(",", ":")) + "\n", "utf-8")
     size = (target / "model.safetensors").stat().st_size
     return {"step": progress["step"], "validation": progress["best"], "bytes": size, "out": str(target)}
+
+
+class Earlier(NamedTuple):
+    """What a run goes on from: an exported model, how far it had come, and its loss log."""
+
+    network: CausalLM
+    progress: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def read_export(folder: Path, tokens: Path, config: ModelConfig) -> Earlier:
+    """An export, to train it further on tokens packed with its own tokenizer.
+
+    Raises:
+        DataError: no record of the training, another shape than `config`, or another tokenizer than the tokens'.
+        CheckpointError: the weights cannot be read.
+    """
+    if not (folder / RECORD).is_file():
+        raise DataError(f"{folder / RECORD}: not found; give a folder that export wrote")
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    network = load(folder, dtype="float32", compilation_cache=False).network
+    if network.config != config:
+        raise DataError(f"{folder} is another model than --config describes; give its own config.json")
+    used, packed = (read_tokenizer(place / "tokenizer.json").to_str() for place in (folder, tokens))
+    if used != packed:
+        raise DataError(f"{tokens}: packed with another tokenizer than {folder}'s; prepare with --tokenizer")
+    return Earlier(network, record["best"], _rows_of(record))
+
+
+def _rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The loss log that `loss_columns` made columns of."""
+    training, validation = (
+        [dict(zip(record[part], values, strict=True)) for values in zip(*record[part].values(), strict=True)]
+        for part in ("training", "validation")
+    )
+    validated = [
+        {
+            "step": row["step"],
+            "tokens": row["tokens"],
+            "validation_mean": row["mean"],
+            "validation": {name: loss for name, loss in row.items() if name not in ("step", "tokens", "mean")},
+        }
+        for row in validation
+    ]
+    return sorted([*training, *validated], key=lambda row: row["step"])
 
 
 def loss_columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -85,7 +131,12 @@ def _rows(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json.
+
+    Raises:
+        DataError: there is none.
+    """
     if not path.is_file():
         raise DataError(f"{path}: not found; run the prepare step first")
     return Tokenizer.from_file(str(path))

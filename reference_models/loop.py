@@ -19,6 +19,7 @@ from qs_jax.console import progress as progress_bar
 from qs_jax.models import random_network
 from reference_models.checkpoints import Checkpoints
 from reference_models.data import DataError
+from reference_models.export import Earlier
 from reference_models.recipe import Phase, Recipe
 from reference_models.step import make_train_step, optimizer, total_loss
 from reference_models.tokens import Mixture
@@ -36,33 +37,44 @@ def _clock() -> float:
 class Trainer:
     """One run: weights, optimiser state and how far it is. The work folder holds everything a resume needs."""
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, streams: Streams, held_out: Streams, folder: Path):
+    def __init__(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        streams: Streams,
+        held_out: Streams,
+        folder: Path,
+        earlier: Earlier | None = None,
+    ):
         self.config, self.recipe, self.held_out, self.folder = config, recipe, held_out, folder
         self.mixture = Mixture(streams, recipe.mixture, recipe.seed)
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=2)
         self.best = Checkpoints(folder / "best", keep=1)
         self.transform = optimizer(recipe)
-        self.network = random_network(config, seed=recipe.seed)
+        self.network = earlier.network if earlier else random_network(config, seed=recipe.seed)
         self.graph, self.weights = nnx.split(self.network)
         self.state = self.transform.init(self.weights)
         self.train_step = make_train_step(self.network, self.transform)
         self.progress: dict[str, Any] = {
-            "step": 0, "draws": 0, "tokens": 0, "seconds": 0.0, "steps": None, "best": None, "since_best": 0
+            "step": 0, "draws": 0, "tokens": 0, "seconds": 0.0, "first": 0, "steps": None, "best": None, "since_best": 0
         }  # fmt: skip
         self.log = folder / "loss.jsonl"
         if self.checkpoints.latest is not None:
             (self.weights, self.state), self.progress = self.checkpoints.restore((self.weights, self.state))
+        elif earlier:
+            self._go_on(earlier)
         self._trim_log()
 
     def run(self, *, steps: int | None = None, hours: float | None = None, checkpoint_minutes: float = 5.0) -> bool:
         """Train up to `steps` optimiser steps; True when the run is complete, False when it was interrupted.
 
-        Without `steps`, `hours` of compute at the measured speed decide, once; a resumed run keeps its number.
+        Without `steps`, `hours` of compute at the measured speed decide, once; a resumed run keeps its number. A run
+        that goes on from an export counts from there, with a schedule of its own.
         """
         if steps is not None:
-            self.progress["steps"] = steps
+            self.progress["steps"] = self.progress["first"] + steps
         elif self.progress["steps"] is None:
-            self.progress["steps"] = self._steps_in(hours or 1.0)
+            self.progress["steps"] = self.progress["first"] + self._steps_in(hours or 1.0)
         total = self.progress["steps"]
         saved = time.monotonic()
         with _stop_requested() as stop, progress_bar("training", total - self.progress["step"]) as advance:
@@ -76,6 +88,17 @@ class Trainer:
                     saved = time.monotonic()
         self.save()
         return self.progress["step"] >= total or self._out_of_patience()
+
+    def _go_on(self, earlier: Earlier) -> None:
+        """Totals and log carry over; the optimiser, its schedule and the best so far start anew."""
+        kept = {name: earlier.progress[name] for name in ("step", "draws", "tokens", "seconds")}
+        self.progress.update(kept, first=kept["step"])
+        self.log.write_text("".join(json.dumps(row) + "\n" for row in earlier.rows), "utf-8")
+
+    def _place(self, step: int, total: int) -> tuple[int, int]:
+        """A step and the total, counted from where this schedule began."""
+        first = self.progress["first"]
+        return step - first, total - first
 
     def validate(self) -> None:
         """Validate where the run stands: the weights it was stopped at become the best ones if they are."""
@@ -92,8 +115,9 @@ class Trainer:
     def _step(self, total: int) -> None:
         """One optimiser step. Time counts as compute of this process, so that being paused costs no budget."""
         started = _clock()
-        step, phase = self.progress["step"], self.recipe.phase(self.progress["step"], total)
-        learning_rate = self.recipe.learning_rate(step, total)
+        step = self.progress["step"]
+        place = self._place(step, total)
+        phase, learning_rate = self.recipe.phase(*place), self.recipe.learning_rate(*place)
         windows = self.mixture.batch(self.progress["draws"], phase.batch, phase.length)
         self.weights, self.state, loss = self.train_step(
             self.weights, self.state, jnp.asarray(windows), jnp.float32(learning_rate)
@@ -109,7 +133,7 @@ class Trainer:
             self._append({"loss": value, "learning_rate": learning_rate, "length": phase.length})
 
     def _validate(self, total: int) -> None:
-        phase = self.recipe.phase(self.progress["step"] - 1, total)
+        phase = self.recipe.phase(*self._place(self.progress["step"] - 1, total))
         network = nnx.merge(self.graph, self.weights)
         losses = {name: self._held_out_loss(network, stream, phase) for name, stream in self.held_out.items()}
         mean = sum(self.recipe.mixture[name] * loss for name, loss in losses.items())

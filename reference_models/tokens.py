@@ -55,14 +55,19 @@ def pack(tokenizer: Tokenizer, documents: Sequence[str]) -> Int[np.ndarray, " to
     return np.concatenate([np.asarray(ids, np.uint16) for ids in pieces])
 
 
-def prepare(sources: Mapping[str, Source], folder: Path, *, vocab_size: int = VOCAB_SIZE) -> None:
-    """Train the tokenizer on training text only and write it and each source's packed tokens to `folder`.
+def prepare(
+    sources: Mapping[str, Source], folder: Path, *, vocab_size: int = VOCAB_SIZE, tokenizer: Tokenizer | None = None
+) -> None:
+    """Train the tokenizer on training text only, unless one is given, and write it and each source's packed tokens to
+    `folder`.
 
     Every tenth stretch of the largest source stands for it when the merges are learnt: all of it would drown the
     others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer((text for source in sources.values() for text in _sample(source)), vocab_size)
+    tokenizer = tokenizer or train_tokenizer(
+        (text for source in sources.values() for text in _sample(source)), vocab_size
+    )
     for name, source in sources.items():
         np.save(folder / f"{name}-train.npy", pack(tokenizer, source.train))
         np.save(folder / f"{name}-held-out.npy", pack(tokenizer, source.held_out))

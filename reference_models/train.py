@@ -4,8 +4,13 @@
     python -m reference_models.train prepare --tokens runs/tokens
     python -m reference_models.train run --tokens runs/tokens --work-dir runs/llama \\
         --config reference_models/configs/llama.json --recipe reference_models/configs/llama-cpu.json --hours 2
-    python -m reference_models.train export --tokens runs/tokens --work-dir runs/llama --out reference_models/llama \\
-        --hardware "two cores" --overwrite
+
+Training goes on from an exported model, on this machine or another, with its tokenizer:
+
+\b
+    python -m reference_models.train prepare --tokens runs/tokens --tokenizer reference_models/llama/tokenizer.json
+    python -m reference_models.train run --start-from reference_models/llama --tokens runs/tokens ...
+    python -m reference_models.train export ... --overwrite
 """
 
 import shutil
@@ -29,13 +34,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 @app.command()
-def prepare(tokens: Tokens, debug: Debug = False) -> None:
+def prepare(
+    tokens: Tokens,
+    tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer.json; by default one is trained.")] = None,
+    debug: Debug = False,
+) -> None:
     """Train the tokenizer on the training text, and pack every source into tokens."""
     with reporting_errors(debug):
         from reference_models import data
+        from reference_models.export import read_tokenizer
         from reference_models.tokens import prepare as prepare_tokens
 
-        prepare_tokens(data.load_sources(data.text_folder()), tokens)
+        given = read_tokenizer(tokenizer) if tokenizer else None
+        prepare_tokens(data.load_sources(data.text_folder()), tokens, tokenizer=given)
 
 
 @app.command()
@@ -44,6 +55,9 @@ def run(
     work_dir: WorkDir,
     config: ConfigFile,
     recipe: RecipeFile,
+    start_from: Annotated[
+        Path | None, typer.Option(help="An exported model that a new run goes on from; its log and totals carry over.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the run; on resume it may change.")] = None,
     hours: Annotated[
         float | None, typer.Option(min=0.001, help="Or: as many steps as fit in this much compute.")
@@ -53,7 +67,7 @@ def run(
 ) -> None:
     """Train, or resume where the work folder's last checkpoint stands. Ctrl-C or SIGTERM saves and stops."""
     with reporting_errors(debug):
-        trainer = open_trainer(tokens, work_dir, config, recipe)
+        trainer = open_trainer(tokens, work_dir, config, recipe, start_from)
         complete = trainer.run(steps=steps, hours=hours, checkpoint_minutes=checkpoint_minutes)
         print_json({"complete": complete, **trainer.progress})
 
@@ -83,16 +97,18 @@ def export(
         print_json(write(work_dir, tokens, out, hardware=hardware, overwrite=overwrite))
 
 
-def open_trainer(tokens: Path, work_dir: Path, config: Path, recipe: Path) -> "Trainer":
+def open_trainer(tokens: Path, work_dir: Path, config: Path, recipe: Path, start_from: Path | None = None) -> "Trainer":
     """The run in `work_dir`, new or resumed. Copies of its configuration and recipe are kept with it.
 
     Raises:
         ConfigError: the configuration or recipe is missing or wrong.
-        DataError: packed tokens are missing, or the folder holds a run of another model.
+        DataError: packed tokens are missing, the folder holds a run of another model, or `start_from` is another
+            model, or has another tokenizer than the packed tokens.
     """
     from convert.source import read_json
     from qs_jax.errors import ConfigError
     from qs_jax.models import parse_config
+    from reference_models.export import read_export
     from reference_models.loop import Trainer
     from reference_models.recipe import load_recipe
     from reference_models.tokens import load_packed
@@ -104,7 +120,8 @@ def open_trainer(tokens: Path, work_dir: Path, config: Path, recipe: Path) -> "T
     streams = load_packed(tokens, settings.mixture, "train")
     held_out = load_packed(tokens, settings.mixture, "held-out")
     work_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model, settings, streams, held_out, work_dir)
+    earlier = read_export(start_from, tokens, model) if start_from else None
+    trainer = Trainer(model, settings, streams, held_out, work_dir, earlier)
     for name, source in (("config.json", config), ("recipe.json", recipe)):
         if source.resolve() != (work_dir / name).resolve():
             shutil.copyfile(source, work_dir / name)

@@ -4,6 +4,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,26 @@ from qs_jax.loading import Model
 _PROBE_MEGABYTES = 256
 
 
-def measured_bandwidth(repeats: int = 10) -> float:
-    """Bytes per second at which a matrix far larger than the caches is read by a matrix-vector product."""
+def bandwidth_probe() -> tuple[Callable[[], None], int]:
+    """A matrix-vector product that reads a matrix far larger than the caches, compiled, and the bytes it reads."""
     columns = 4096
     rows = _PROBE_MEGABYTES * 2**20 // (4 * columns)
     matrix = jnp.ones((rows, columns), jnp.float32)
     vector = jnp.ones((columns,), jnp.float32)
     product = jax.jit(lambda m, v: m @ v)
     product(matrix, vector).block_until_ready()
+    return lambda: product(matrix, vector).block_until_ready(), matrix.nbytes
+
+
+def measured_bandwidth(repeats: int = 10) -> float:
+    """Bytes per second that the probe reads: the median of several."""
+    probe, size = bandwidth_probe()
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        product(matrix, vector).block_until_ready()
+        probe()
         seconds.append(time.perf_counter() - started)
-    return matrix.nbytes / statistics.median(seconds)
+    return size / statistics.median(seconds)
 
 
 def benchmark(

@@ -89,14 +89,16 @@ def tokens(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(tokens: Path, work_dir: Path, name: str = "llama", **changes: Any) -> Trainer:
+def start(
+    tokens: Path, work_dir: Path, name: str = "llama", *, start_from: Path | None = None, **changes: Any
+) -> Trainer:
     settings = work_dir.parent / f"{work_dir.name}-settings"
     settings.mkdir(exist_ok=True)
     (settings / "config.json").write_text(
         json.dumps({**CONFIGS[name], **SHAPE, "vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0})
     )
     (settings / "recipe.json").write_text(json.dumps({**RECIPE, **changes}))
-    trainer = open_trainer(tokens, work_dir, settings / "config.json", settings / "recipe.json")
+    trainer = open_trainer(tokens, work_dir, settings / "config.json", settings / "recipe.json", start_from)
     trainer.train_step = _COMPILED.setdefault(name, trainer.train_step)
     return trainer
 
@@ -290,3 +292,23 @@ def test_an_export_without_a_validation_is_refused(tokens: Path, tmp_path: Path)
     with pytest.raises(DataError, match="no best weights"):
         export(tmp_path / "run", tokens, tmp_path / "model", hardware="", overwrite=False)
     assert not (tmp_path / "model").exists()
+
+
+def test_training_goes_on_from_an_export(finished: Trainer, tokens: Path, tmp_path: Path) -> None:
+    export(finished.folder, tokens, tmp_path / "model", hardware="a test", overwrite=False)
+    trainer = start(tokens, tmp_path / "more", start_from=tmp_path / "model")
+    reached = json.loads((tmp_path / "model" / "training.json").read_text())["best"]["step"]
+    assert trainer.progress["step"] == trainer.progress["first"] == reached
+    before = loss_columns(log_of(finished.folder))["validation"]["mean"]
+    assert loss_columns(log_of(trainer.folder))["validation"]["mean"] == before[: reached // 2]
+    assert trainer.run(steps=4)
+    assert trainer.progress["step"] == reached + 4
+    assert loss_columns(log_of(trainer.folder))["validation"]["mean"][-1] < before[0]
+    export(trainer.folder, tokens, tmp_path / "model", hardware="another", overwrite=True)
+
+
+def test_another_tokenizer_is_refused(finished: Trainer, tokens: Path, text: Path, tmp_path: Path) -> None:
+    export(finished.folder, tokens, tmp_path / "model", hardware="a test", overwrite=False)
+    prepare(load_sources(text), tmp_path / "tokens", vocab_size=VOCAB - 1)
+    with pytest.raises(DataError, match="another tokenizer"):
+        start(tmp_path / "tokens", tmp_path / "more", start_from=tmp_path / "model")
