@@ -1,5 +1,6 @@
 """Text to token ids and back. Wraps the tokenizer files of a Hugging Face folder; transformers is imported lazily."""
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -38,6 +39,8 @@ class Tokenizer:
             raise TokenizerError(
                 f"{folder}: no tokenizer files; copy tokenizer.json beside the weights or give token ids"
             )
+        # it advises torch, which is not missing here
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         try:
