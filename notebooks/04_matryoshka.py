@@ -124,12 +124,11 @@ for bits in BITS:
     for number, kind in enumerate(kinds):
         decibels = [-10 * math.log10(errors[f"blocks.{n}.{kind}.kernel"][str(bits)]) for n in range(depth)]
         style = ("-", "--", ":", "-.", (0, (1, 4)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 5)))[number % 7]
-        label = f"{kind}, {bits} bits" if bits == BITS[0] else None
-        axes.plot(range(depth), decibels, linestyle=style, color=COLOURS[bits], alpha=0.8, label=label)
+        axes.plot(range(depth), decibels, linestyle=style, color=COLOURS[bits], alpha=0.8)
     axes.annotate(f"{bits} bits", (depth - 0.9, decibels[-1]), color=COLOURS[bits], weight="bold", va="center")
 axes.set(xlabel="layer", ylabel="signal to noise of the weights, dB", xlim=(-0.2, depth + 0.4), ylim=(0, None))
 axes.grid(alpha=0.3)
-axes.legend([f"{kind}" for kind in kinds], fontsize=8, ncol=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 1.12))
+axes.legend(kinds, fontsize=8, ncol=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 1.12))
 figure.tight_layout()
 plt.show()
 
