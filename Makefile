@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-parity lint format bench clean
+.PHONY: help demo test test-slow test-parity lint format bench notebooks clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,13 @@ format: $(VENV)/dev ## let ruff rewrite what it can
 bench: $(VENV)/package ## a short set of benchmarks; results go to benchmarks/results
 	@$(BIN)/python -m benchmarks.speed decode --quick
 	@$(BIN)/python -m benchmarks.kernel_layout --quick
+
+$(VENV)/notebooks: $(VENV)/package
+	@$(PIP) --editable '.[notebooks]'
+	@touch $@
+
+notebooks: $(VENV)/notebooks ## run the notebooks on the CPU and save what they print
+	@$(BIN)/python -m notebooks.execute
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -48,7 +48,7 @@ def convert(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Convert Hugging Face GPT-2 or Llama weights, part by part, into a folder that qs-jax loads."""
+    """Convert Hugging Face weights (GPT-2, Llama, Mistral, Qwen2), part by part, into a folder that qs-jax loads."""
     with reporting_errors(debug):
         from convert.parts import Parts
         from convert.pipeline import DTYPES, inspect

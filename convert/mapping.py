@@ -139,7 +139,7 @@ def table_for(model_type: str) -> Table:
     """The converter of an architecture."""
     from convert import gpt2, llama
 
-    tables = {"gpt2": gpt2.TABLE, "llama": llama.TABLE}
+    tables = {"gpt2": gpt2.TABLE, "llama": llama.TABLE, "mistral": llama.TABLE, "qwen2": llama.TABLE}
     if model_type not in tables:
         raise ConfigError(f"model_type {model_type!r} has no converter; known: {', '.join(tables)}")
     return tables[model_type]

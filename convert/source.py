@@ -29,6 +29,7 @@ class Source:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._home: dict[str, Path] = {}
         for path in sorted(set(self._files.values())) if self._files else [folder / _SINGLE]:
+            _refuse_link_out(folder, path)
             self._read_header(path)
         absent = sorted(set(self._files) - set(self._home))
         if absent:
@@ -141,6 +142,18 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     if not files:
         raise CheckpointError(f"{index}: names no tensors; restore the file")
     return {name: folder / file for name, file in files.items()}
+
+
+def _refuse_link_out(folder: Path, file: Path) -> None:
+    """A folder from elsewhere must not make us read what lies outside it; the hub's cache links to its own store.
+
+    Raises:
+        CheckpointError: the file is a link out of the folder.
+    """
+    store = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else folder
+    target = file.resolve()
+    if not any(target.is_relative_to(place.resolve()) for place in (folder, store)):
+        raise CheckpointError(f"{file}: is a link out of its folder; put the file itself there")
 
 
 @contextmanager

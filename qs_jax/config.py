@@ -31,7 +31,12 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes a decoder's computation. Static: part of every compiled program's key."""
+    """Everything that shapes a decoder's computation. Static: part of every compiled program's key.
+
+    `attention_bias` is that of queries, keys and values, `attention_output_bias` that of attention's last projection.
+    `max_position_embeddings` is the longest context in which the model computes what it was trained to: no longer than
+    a sliding window, where there is one, because within it every token still sees all others.
+    """
 
     model_type: str
     vocab_size: int
@@ -46,6 +51,7 @@ class ModelConfig:
     activation: Activation
     tie_word_embeddings: bool
     attention_bias: bool
+    attention_output_bias: bool
     mlp_bias: bool
     rope: RopeConfig | None
     eos_token_ids: tuple[int, ...]
@@ -100,6 +106,20 @@ class ConfigReader:
         """A number of layers; an absurd one is refused before a network of that depth is laid out."""
         return self.integer(key, maximum=_MOST_LAYERS)
 
+    def context(self, *, window: int | None = None) -> int:
+        """The longest context: `max_position_embeddings`, or the sliding window if that is shorter.
+
+        A window hides a token from those `window` positions later, so that no context up to its length is touched by
+        it. Longer requests are refused like any beyond the context; a rolling cache is not implemented.
+        """
+        positions = self.integer("max_position_embeddings")
+        return positions if window is None else min(positions, window)
+
+    def sliding_window(self, default: int) -> int | None:
+        """`sliding_window` in tokens: the default where it is absent, none where it is null."""
+        written = "sliding_window" in self.raw
+        return None if written and self.raw["sliding_window"] is None else self.integer("sliding_window", default)
+
     def number(self, key: str, default: Any = None) -> float:
         value = self._present(key, default=_REQUIRED if default is None else default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
@@ -144,7 +164,9 @@ class ConfigReader:
         if merged["rope_theta"] is None:
             raise ConfigError(f"{self.source}: rope_theta is missing, at the top level and in rope_parameters; add it")
         merged.setdefault("rope_type", merged.get("type", "default"))
+        merged.setdefault("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
         reader = ConfigReader(merged, f"{self.source}: rope_parameters")
+        reader.refuse("partial_rotary_factor", 1)
         rope_type = reader.choice("rope_type", ("default", "linear", "llama3"))
         if rope_type == "default":
             return RopeConfig(reader.number("rope_theta"))

@@ -12,6 +12,8 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+_LONGEST_MESSAGE = 1000
+
 
 @contextmanager
 def reporting_errors(debug: bool) -> Iterator[None]:
@@ -37,8 +39,11 @@ def reporting_errors(debug: bool) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message with line breaks and control characters taken out: it may quote a hostile file."""
+    """The message with line breaks and control characters taken out, and no longer than a screen: it may quote a
+    hostile file. What is cut is the middle; the end says what to do."""
     text = " ".join(str(error).split())
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE // 2]} … {text[-_LONGEST_MESSAGE // 2 :]}"
     return "".join(c if c.isprintable() else "�" for c in text)
 
 

@@ -1,5 +1,6 @@
 """Text to token ids and back. Wraps the tokenizer files of a Hugging Face folder; transformers is imported lazily."""
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -38,6 +39,8 @@ class Tokenizer:
             raise TokenizerError(
                 f"{folder}: no tokenizer files; copy tokenizer.json beside the weights or give token ids"
             )
+        # it advises torch, which is not missing here
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         try:
@@ -66,8 +69,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the text holds half a surrogate pair, as text read from a wrong encoding does.
         """
-        if not _is_unicode(text):
-            raise TokenizerError("the text is not valid Unicode; read it as UTF-8")
+        _require_unicode(text)
         return list(self._backend(text, verbose=False)["input_ids"])
 
     def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
@@ -75,8 +77,9 @@ class Tokenizer:
         the text. Of tokens that share a character the first has it; special tokens have none.
 
         Raises:
-            TokenizerError: a tokenizer without `tokenizer.json`, which cannot tell.
+            TokenizerError: a tokenizer without `tokenizer.json`, which cannot tell, or text as `encode` refuses it.
         """
+        _require_unicode(text)
         try:
             encoded = self._backend(text, return_offsets_mapping=True, verbose=False)
         except NotImplementedError:
@@ -92,7 +95,8 @@ class Tokenizer:
         """Token ids of a conversation, ending where the assistant speaks next.
 
         Raises:
-            TokenizerError: the tokenizer has no chat template, or the template refuses the messages.
+            TokenizerError: the tokenizer has no chat template, the template refuses the messages, or text as `encode`
+                refuses it.
         """
         if not self.has_chat_template:
             raise TokenizerError("this tokenizer has no chat template; give a plain text prompt")
@@ -102,6 +106,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"the chat template refuses the messages: {' '.join(str(error).split())[:200]}"
             ) from error
+        _require_unicode(text)
         return list(self._backend(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -109,9 +114,8 @@ class Tokenizer:
         return self._backend.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _is_unicode(text: str) -> bool:
+def _require_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        raise TokenizerError("the text is not valid Unicode; read it as UTF-8") from None

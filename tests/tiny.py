@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from qs_jax.matryoshka.rounding import round_to_nearest
 from qs_jax.models import arrays_by_path, forward, network_from_arrays, parse_config, random_network
 from qs_jax.tokenizer import Tokenizer
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
     "llama": {
         "model_type": "llama",
@@ -32,6 +33,9 @@ CONFIGS = {
         "tie_word_embeddings": False,
     },
 }
+
+CONFIGS["mistral"] = {**CONFIGS["llama"], "model_type": "mistral", "sliding_window": 400}
+CONFIGS["qwen2"] = {**CONFIGS["llama"], "model_type": "qwen2", "tie_word_embeddings": True}
 
 _random = np.random.default_rng(0)
 PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]

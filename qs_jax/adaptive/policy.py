@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qs_jax.errors import PolicyError
+from qs_jax.files import write_whole
 
 Signal = Literal[
     "relative_drift", "direction_drift", "raw_drift", "attention_update", "entropy", "previous_entropy", "random"
@@ -125,7 +126,10 @@ class Precision:
         _thresholds("precision.four_below", self.four_below)
         _require(self.layer is None or _is_whole(self.layer), "precision.layer", self.layer, "a layer number, or null")
         _require(
-            all(_is_whole(n, None) for n in self.pinned), "precision.pinned", self.pinned, "a list of layer numbers"
+            isinstance(self.pinned, tuple) and all(_is_whole(n, None) for n in self.pinned),
+            "precision.pinned",
+            self.pinned,
+            "a list of layer numbers",
         )
 
 
@@ -283,11 +287,8 @@ class Policy:
         Raises:
             PolicyError: nothing can be written there.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_whole(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
         except OSError as error:
             raise PolicyError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 

@@ -15,6 +15,7 @@ from qs_jax.evaluation.perplexity import Advance
 from qs_jax.evaluation.scoring import score_alone
 from qs_jax.evaluation.statistics import PerWindow, increase
 from qs_jax.evaluation.windows import Window
+from qs_jax.files import remove_whole, write_whole
 from qs_jax.loading import Model
 from qs_jax.matryoshka.linear import has_planes
 from qs_jax.models import arrays_by_path
@@ -134,14 +135,12 @@ class Measurements:
         if self.file is None:
             return
         known = {key: asdict(value) for key, value in self._known.items()}
-        partial = self.file.with_name(self.file.name + ".partial")
         try:
-            partial.write_text(json.dumps({"fingerprint": self._fingerprint, "measured": known}), encoding="utf-8")
-            partial.replace(self.file)
+            write_whole(self.file, json.dumps({"fingerprint": self._fingerprint, "measured": known}))
         except OSError as error:
             raise EvaluationError(f"{self.file}: cannot be written ({error.strerror}); choose another place") from None
 
     def finish(self) -> None:
         """The search is over: nothing is left to resume."""
         if self.file is not None:
-            self.file.unlink(missing_ok=True)
+            remove_whole(self.file)

@@ -7,6 +7,7 @@ from typing import Any
 
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.plot import histogram, pareto
+from qs_jax.files import write_whole
 
 _TEMPLATE = "report.html.jinja"
 _EVAL_KEYS = ("model", "perplexity", "perplexity_off", "ledger", "protocol", "samples", "layers_histogram")
@@ -81,10 +82,9 @@ def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:
     Raises:
         EvaluationError: as `render`, or nothing can be written there.
     """
-    page, partial = render(results), out.with_name(f".{out.name}.partial")
+    page = render(results)
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        write_whole(out, page)
     except OSError as error:
         raise EvaluationError(f"{out}: cannot be written ({error.strerror}); choose another place") from None
 

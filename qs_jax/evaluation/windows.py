@@ -53,7 +53,7 @@ def cut(model: Model, documents: Sequence[str], plan: Plan) -> list[Window]:
 
     Raises:
         EvaluationError: the text is shorter than a window, or a window longer than the model's context.
-        TokenizerError: the model has no tokenizer.
+        TokenizerError: the model has no tokenizer, or another model's.
     """
     if model.tokenizer is None:
         raise TokenizerError(f"{model.name}: no tokenizer; copy tokenizer.json beside the weights")
@@ -118,4 +118,9 @@ def _stream(model: Model, documents: Sequence[str], start: int) -> tuple[list[in
             tokens, stretches = [start, *tokens], ["", *stretches]
         ids += tokens
         pieces += stretches
+    if (largest := max(ids, default=0)) >= model.config.vocab_size:
+        raise TokenizerError(
+            f"{model.name}: the tokenizer gives token {largest}, the model knows {model.config.vocab_size}; put the "
+            "model's own tokenizer files beside its weights"
+        )
     return ids, pieces

@@ -9,7 +9,7 @@ from flax import nnx
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError
-from qs_jax.models import gpt2, llama
+from qs_jax.models import gpt2, llama, mistral, qwen2
 from qs_jax.models.base import Block, CausalLM, forward
 
 
@@ -23,6 +23,8 @@ class Architecture(NamedTuple):
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(gpt2.config_from_hf, gpt2.GPT2),
     "llama": Architecture(llama.config_from_hf, llama.Llama),
+    "mistral": Architecture(mistral.config_from_hf, llama.Llama),
+    "qwen2": Architecture(qwen2.config_from_hf, llama.Llama),
 }
 
 

@@ -39,7 +39,9 @@ class Block(nnx.Module):
         self.q = Linear(hidden, heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.k = Linear(hidden, kv_features, bias=bias, dtype=dtype, rngs=rngs)
         self.v = Linear(hidden, kv_features, bias=bias, dtype=dtype, rngs=rngs)
-        self.o = Linear(heads * head_dim, hidden, bias=bias, dtype=dtype, rngs=rngs, std=residual_std)
+        self.o = Linear(
+            heads * head_dim, hidden, bias=config.attention_output_bias, dtype=dtype, rngs=rngs, std=residual_std
+        )
 
     @abstractmethod
     def attention_norm(self, hidden_states: Hidden) -> Hidden:

@@ -39,6 +39,7 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
         activation=reader.choice("activation_function", get_args(Activation), "gelu_new"),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
         attention_bias=True,
+        attention_output_bias=True,
         mlp_bias=True,
         rope=None,
         eos_token_ids=reader.token_ids("eos_token_id", vocab_size),

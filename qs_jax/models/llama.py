@@ -1,4 +1,7 @@
-"""Llama: RMS norms, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971, 2307.09288, 2407.21783)."""
+"""Llama: RMS norms, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971, 2307.09288, 2407.21783).
+
+Mistral and Qwen2 run the same module; their files say how their configurations differ.
+"""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -23,18 +26,38 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
     reader = ConfigReader(raw, source)
     reader.refuse("pretraining_tp", 1)
     reader.refuse("sliding_window")
+    bias = reader.flag("attention_bias", False)
+    return family_config(
+        reader,
+        attention_bias=bias,
+        attention_output_bias=bias,
+        mlp_bias=reader.flag("mlp_bias", False),
+        context=reader.context(),
+    )
+
+
+def family_config(
+    reader: ConfigReader, *, attention_bias: bool, attention_output_bias: bool, mlp_bias: bool, context: int
+) -> ModelConfig:
+    """What all architectures that run this module name alike in `config.json`; they differ in biases and context.
+
+    Raises:
+        ConfigError: a size is missing or absurd, or an option that changes the mathematics is set.
+    """
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     kv_heads, head_dim = (
         reader.integer("num_key_value_heads", heads),
         reader.integer("head_dim", max(hidden // heads, 1)),
     )
     if heads % kv_heads:
-        raise ConfigError(f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        raise ConfigError(
+            f"{reader.source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
     if head_dim % 2:
-        raise ConfigError(f"{source}: head_dim={head_dim} is odd; rotary positions need an even one")
+        raise ConfigError(f"{reader.source}: head_dim={head_dim} is odd; rotary positions need an even one")
     vocab_size = reader.integer("vocab_size")
     return ModelConfig(
-        model_type="llama",
+        model_type=reader.raw["model_type"],
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=reader.integer("intermediate_size"),
@@ -42,12 +65,13 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=reader.integer("max_position_embeddings"),
+        max_position_embeddings=context,
         norm_epsilon=reader.number("rms_norm_eps"),
         activation=reader.choice("hidden_act", get_args(Activation), "silu"),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        attention_bias=reader.flag("attention_bias", False),
-        mlp_bias=reader.flag("mlp_bias", False),
+        attention_bias=attention_bias,
+        attention_output_bias=attention_output_bias,
+        mlp_bias=mlp_bias,
         rope=reader.rope(),
         eos_token_ids=reader.token_ids("eos_token_id", vocab_size),
         bos_token_id=reader.token_id("bos_token_id", vocab_size),

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,50 +14,25 @@ from typer.testing import CliRunner
 
 import convert.cli
 import qs_jax.cli
+from qs_jax.adaptive.policy import Policy
 from qs_jax.checkpoint import MANIFEST, is_converted, read_manifest
 from qs_jax.errors import CheckpointError
 from tests.folders import tensors_of, write_folder
+from tests.hostile.forking import Worker, kill
 from tests.unit.test_conversion import assert_same_weights, run
 
 Count = Callable[[str, int], None]
 KILLS = 20
+CALIBRATION_KILLS = 50
 
 needs_fork = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and limits files as Linux does")
 
 
-class Converter:
-    """Runs conversions in forks of one warm process."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.hostile.converting"]
-        root = Path(__file__).parents[2]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
-
-    def _line(self) -> int:
-        assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
-
-    def start(self, source: Path, target: Path, **order: object) -> int:
-        """The process id of a conversion that has begun; its output goes to target.log."""
-        assert self.process.stdin is not None
-        log = target.with_name(f"{target.name}.log")
-        self.process.stdin.write(json.dumps({"source": str(source), "target": str(target), "log": str(log), **order}))
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        pid = self._line()
-        assert pid > 1
-        return pid
-
-    def end(self) -> int:
-        """Exit status of the conversion, negative where a signal ended it."""
-        return self._line()
-
-
 @pytest.fixture(scope="module")
-def converter() -> Iterator[Converter]:
-    converter = Converter()
-    yield converter
-    converter.process.communicate("", timeout=60)
+def converter() -> Iterator[Worker]:
+    worker = Worker("tests.hostile.converting")
+    yield worker
+    worker.close()
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +53,11 @@ def sound(target: Path) -> str:
 
 @needs_fork
 @pytest.mark.slow
-def test_killed_at_any_point(tmp_path: Path, converter: Converter, sources: dict[str, Path], count: Count) -> None:
+def test_killed_at_any_point(tmp_path: Path, converter: Worker, sources: dict[str, Path], count: Count) -> None:
     """First into an empty place, then over a model that is there; every rerun succeeds and sweeps up."""
     target, rng = tmp_path / "out", random.Random(0)
+    converter.start(target, source=sources["gpt2"])
     started = time.perf_counter()
-    converter.start(sources["gpt2"], target)
     assert converter.end() == 0
     whole = time.perf_counter() - started
     (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -91,9 +65,9 @@ def test_killed_at_any_point(tmp_path: Path, converter: Converter, sources: dict
     for number in range(10 * KILLS):
         name, overwrite = ("gpt2", "llama")[number % 2], number >= KILLS
         before = sound(target) if target.exists() else None
-        pid = converter.start(sources[name], target, overwrite=True)
+        pid = converter.start(target, source=sources[name], overwrite=True)
         time.sleep(rng.random() * whole)
-        killed += _kill(pid)
+        killed += kill(pid)
         status = converter.end()
         if status == 0:
             assert sound(target) == name
@@ -105,29 +79,21 @@ def test_killed_at_any_point(tmp_path: Path, converter: Converter, sources: dict
         if killed >= KILLS and number > KILLS:
             break
     assert killed >= KILLS
-    converter.start(sources["llama"], target, overwrite=True)
+    converter.start(target, source=sources["llama"], overwrite=True)
     assert converter.end() == 0
     assert leftovers(target) == []
     assert_same_weights(target, tensors_of("llama"))
     count("kills", killed)
 
 
-def _kill(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @needs_fork
 def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path: Path, converter: Converter, sources: dict[str, Path]
+    tmp_path: Path, converter: Worker, sources: dict[str, Path]
 ) -> None:
     """No file may grow beyond a few kilobytes, as on a disk that fills up in the middle of a part."""
     for number, limit in enumerate((300, 2000, 8000)):
         target = tmp_path / f"out{number}"
-        converter.start(sources["llama"], target, file_limit=limit)
+        converter.start(target, source=sources["llama"], file_limit=limit)
         status, log = converter.end(), (tmp_path / f"out{number}.log").read_text()
         assert status == 2, log
         assert "cannot be written" in log
@@ -138,10 +104,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 @needs_fork
 def test_a_conversion_that_is_interrupted_says_so_and_leaves_nothing(
-    tmp_path: Path, converter: Converter, sources: dict[str, Path]
+    tmp_path: Path, converter: Worker, sources: dict[str, Path]
 ) -> None:
     target = tmp_path / "out"
-    pid = converter.start(sources["gpt2"], target)
+    pid = converter.start(target, source=sources["gpt2"])
     while not leftovers(target):
         time.sleep(0.002)
     os.kill(pid, signal.SIGINT)
@@ -152,12 +118,12 @@ def test_a_conversion_that_is_interrupted_says_so_and_leaves_nothing(
 
 
 @needs_fork
-def test_two_conversions_to_one_target(tmp_path: Path, converter: Converter, sources: dict[str, Path]) -> None:
+def test_two_conversions_to_one_target(tmp_path: Path, converter: Worker, sources: dict[str, Path]) -> None:
     """One of them wins, whole; neither takes the other's work for rubbish."""
-    other, target = Converter(), tmp_path / "out"
+    other, target = Worker("tests.hostile.converting"), tmp_path / "out"
     for attempt in range(4):
-        converter.start(sources["gpt2"], target, overwrite=attempt > 1)
-        other.start(sources["llama"], target, overwrite=attempt > 1)
+        converter.start(target, source=sources["gpt2"], overwrite=attempt > 1)
+        other.start(target, source=sources["llama"], overwrite=attempt > 1)
         statuses = {converter.end(), other.end()}
         assert 0 in statuses
         assert statuses <= {0, 2}
@@ -165,7 +131,71 @@ def test_two_conversions_to_one_target(tmp_path: Path, converter: Converter, sou
         assert leftovers(target) == []
         if attempt == 0:
             target.rename(tmp_path / "first")
-    other.process.communicate("", timeout=60)
+    other.close()
+
+
+@pytest.fixture(scope="module")
+def calibrator() -> Iterator[Worker]:
+    worker = Worker("tests.hostile.calibrating")
+    yield worker
+    worker.close()
+
+
+@needs_fork
+@pytest.mark.slow
+def test_calibration_killed_at_any_point(tmp_path: Path, calibrator: Worker, count: Count) -> None:
+    """The policy is there whole or not at all, and a rerun ends where an undisturbed calibration ends."""
+    target, rng, killed = tmp_path / "policy.json", random.Random(1), 0
+    calibrator.start(target)
+    started = time.perf_counter()
+    assert calibrator.end() == 0, (tmp_path / "policy.json.log").read_text()
+    whole = time.perf_counter() - started
+    undisturbed = target.read_bytes()
+    target.unlink()
+    for _ in range(10 * CALIBRATION_KILLS):
+        pid = calibrator.start(target)
+        time.sleep(rng.random() * whole)
+        killed += kill(pid)
+        assert calibrator.end() in (0, -signal.SIGKILL)
+        if target.exists():
+            assert target.read_bytes() == undisturbed
+            target.unlink()
+        if killed == CALIBRATION_KILLS:
+            break
+    assert killed == CALIBRATION_KILLS
+    calibrator.start(target)
+    assert calibrator.end() == 0
+    assert target.read_bytes() == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.json.log"]
+    count("kills", killed)
+
+
+@needs_fork
+def test_a_calibration_on_a_full_disk_is_one_line_and_keeps_the_old_policy(tmp_path: Path, calibrator: Worker) -> None:
+    target = tmp_path / "policy.json"
+    Policy.paper().save(target)
+    before = target.read_bytes()
+    calibrator.start(target, file_limit=400)
+    status, log = calibrator.end(), (tmp_path / "policy.json.log").read_text()
+    assert (status, log.count("\n")) == (2, 1), log
+    assert "cannot be written" in log
+    assert target.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.json.log"]
+
+
+@needs_fork
+def test_a_calibration_that_is_interrupted_goes_on_when_it_is_run_again(tmp_path: Path, calibrator: Worker) -> None:
+    target, progress = tmp_path / "policy.json", tmp_path / ".policy.json.progress"
+    pid = calibrator.start(target)
+    while not progress.exists():
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGINT)
+    assert (calibrator.end(), (tmp_path / "policy.json.log").read_text()) == (130, "interrupted\n")
+    assert progress.exists()
+    assert not target.exists()
+    calibrator.start(target)
+    assert calibrator.end() == 0
+    assert not progress.exists()
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, sources: dict[str, Path]) -> None:

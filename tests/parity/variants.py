@@ -45,6 +45,16 @@ def _llama(**options: Any) -> dict[str, Any]:
     return {**names, **_SPECIAL_TOKENS, **sizes, **heads, **options}
 
 
+def _mistral(**options: Any) -> dict[str, Any]:
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    return {**_llama(), **names, "rope_theta": 10000.0, **options}
+
+
+def _qwen2(**options: Any) -> dict[str, Any]:
+    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    return {**_llama(), **names, "rope_theta": 10000.0, **options}
+
+
 # an original context of 64 puts channel pairs into all three bands of the llama3 rule, well within 500 positions
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -125,6 +135,24 @@ VARIANTS: dict[str, Variant] = {
             head_dim=10,
             hidden_act="gelu_pytorch_tanh",
             rms_norm_eps=1e-2,
+        ),
+    ),
+    "mistral_no_window": Variant(13, _mistral(sliding_window=None, num_key_value_heads=2, head_dim=16)),
+    # the window is the prompt's length: one token less, and the last position would not see the first
+    "mistral_window_of_the_prompt": Variant(
+        214, _mistral(sliding_window=PROMPT_TOKENS, max_position_embeddings=2048, num_key_value_heads=1)
+    ),
+    "qwen2_window_unused": Variant(
+        15, _qwen2(use_sliding_window=False, sliding_window=64, num_key_value_heads=2, tie_word_embeddings=True)
+    ),
+    "qwen2_window_in_one_layer": Variant(
+        16,
+        _qwen2(
+            use_sliding_window=True,
+            sliding_window=PROMPT_TOKENS,
+            max_window_layers=1,
+            max_position_embeddings=1024,
+            num_key_value_heads=1,
         ),
     ),
 }
