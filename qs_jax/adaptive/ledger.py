@@ -9,6 +9,7 @@ is counted in full, in `flops` and apart in `probe_flops`.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from flax import nnx
@@ -62,6 +63,13 @@ class Costs:
 
     @classmethod
     def of(cls, model: CausalLM) -> "Costs":
+        """Those of a model; walking through its modules takes longer than a decode step, so they are kept with it."""
+        if model not in _COSTS:
+            _COSTS[model] = cls._counted(model)
+        return _COSTS[model]
+
+    @classmethod
+    def _counted(cls, model: CausalLM) -> "Costs":
         config, head = model.config, model.head_kernel
         itemsize = model.embedding.table.dtype.itemsize
         return cls(
@@ -86,6 +94,9 @@ class Costs:
 
     def lens_bytes(self, shortlist: int) -> int:
         return self.head_bytes * (shortlist or self.vocab_size) // self.vocab_size
+
+
+_COSTS: WeakKeyDictionary[CausalLM, Costs] = WeakKeyDictionary()
 
 
 class StagePass(NamedTuple):

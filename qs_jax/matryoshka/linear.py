@@ -36,12 +36,12 @@ def has_planes(module: object) -> bool:
 
 def plane_bytes(module: nnx.Module, bits: int) -> int:
     """Bytes of weights that a pass over the module reads at `bits`: planes, their scales and offsets, dense leaves."""
-    return sum(leaf.nbytes for leaf in weights(at_bits(module, bits)))
+    return sum(leaf.at(bits).nbytes if is_nested(leaf) else leaf.nbytes for leaf in weights(module))
 
 
 def weights(module: nnx.Module) -> list[Array | NestedKernel]:
     """Every weight of a module, nested kernels whole."""
-    return jax.tree.leaves(nnx.state(module, nnx.Param), is_leaf=is_nested)
+    return jax.tree.leaves(module, is_leaf=is_nested)
 
 
 def is_nested(leaf: object) -> TypeGuard[NestedKernel]:

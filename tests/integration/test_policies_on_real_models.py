@@ -1,7 +1,6 @@
 """`qs-jax generate --policy` on every real model at hand, plain and Matryoshka; its trace and its ledger agree."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
