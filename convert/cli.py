@@ -37,7 +37,7 @@ def convert(
         str | None, typer.Option(help="matryoshka: codes that can be read at 8, 4 or 2 bits (see --method).")
     ] = None,
     method: Annotated[str, typer.Option(help="With --quantize: rtn.")] = "rtn",
-    group_size: Annotated[int, typer.Option(help="With --quantize: inputs that share a scale; a multiple of 16.")] = 64,
+    group_size: Annotated[int, typer.Option(help="With --quantize: inputs that share a scale; a multiple of 8.")] = 64,
     exclude: Annotated[
         str, typer.Option(help="With --quantize: module paths that stay dense, as a regular expression.")
     ] = "^embedding|^lm_head",

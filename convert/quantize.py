@@ -29,7 +29,7 @@ class QuantizeOptions:
 
     Attributes:
         method: one of METHODS.
-        group_size: inputs that share a scale and an offset; a multiple of 16.
+        group_size: inputs that share a scale and an offset; a multiple of 8.
         exclude: module paths that match this stay dense; by default the embedding and the head.
         pin: module paths that match this are always read at 8 bits; None for none but embedding and head.
     """
@@ -44,7 +44,7 @@ class QuantizeOptions:
         """Check what the user asked for.
 
         Raises:
-            ConfigError: an unknown method, a group size that is no multiple of 16, or no regular expression.
+            ConfigError: an unknown method, a group size that is no multiple of 8, or no regular expression.
         """
         if method not in METHODS:
             raise ConfigError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
