@@ -31,7 +31,7 @@ SOME_ROWS = 64
 """Up to this many go through groups of weights decoded into cache; beyond it a whole dense product is faster."""
 
 _SPAN = 64
-_CHAINS = 4
+_CHAINS = 2
 
 
 def multiply_streams(x: Rows, kernel: NestedKernel, bits: int) -> Result:
