@@ -24,7 +24,7 @@ from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.tune import Coded, Tuning, tuned
 from qs_jax.models.base import Block, Hidden
 
-METHODS = ("rtn", "refit", "gptq", "gptq+tune")
+METHODS = ("rtn", "refit", "refit+tune", "gptq", "gptq+tune")
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,14 @@ def fit_block(block: Block, streams: Streams, fit: Fit, names: frozenset[str] | 
     """Quantise a block's kernels, or those named, on what enters it."""
     kernels = {name: kernel for name, kernel in kernels_of(block).items() if names is None or name in names}
     dense = hessians(block, streams.dense)
-    if fit.method in ("rtn", "refit"):
+    method, _, refinement = fit.method.partition("+")
+    if method != "gptq":
         seen = {name: dense[name][None] for name in kernels}
     else:
         each = [hessians(block, stream) for stream in streams.fitted]
         seen = {name: jnp.stack([own[name] for own in each]) for name in kernels}
     coded = {name: _coded(kernel, seen[name], fit) for name, kernel in kernels.items()}
-    if fit.method == "gptq+tune":
+    if refinement:
         coded = tuned(block, coded, streams.fitted, run_all(block, streams.dense), fit.tuning)
     nested = {name: packed(c.codes, c.grid, inputs=c.shape[1]) for name, c in coded.items()}
     return {name: Fitted(k, output_errors(kernels[name], k, dense[name])) for name, k in nested.items()}
@@ -87,7 +88,9 @@ def fit_block(block: Block, streams: Streams, fit: Fit, names: frozenset[str] | 
 
 def _coded(kernel: Float[Array, "outputs inputs"], seen: Float[Array, "seen inputs inputs"], fit: Fit) -> Coded:
     weights = kernel.astype(jnp.float32)
-    codes, grid = _CODES[fit.method](weights, seen, jnp.asarray(fit.weights, jnp.float32), group_size=fit.group_size)
+    codes, grid = _CODES[fit.method.partition("+")[0]](
+        weights, seen, jnp.asarray(fit.weights, jnp.float32), group_size=fit.group_size
+    )
     return Coded((kernel.shape[0], kernel.shape[1]), codes, grid)
 
 
@@ -109,7 +112,7 @@ def _compensated(weights: Array, seen: Array, importance: Array, *, group_size: 
     return compensated_codes(weights, seen, grid, importance, group_size=group_size), grid
 
 
-_CODES = {"rtn": _rounded, "refit": _refitted, "gptq": _compensated, "gptq+tune": _compensated}
+_CODES = {"rtn": _rounded, "refit": _refitted, "gptq": _compensated}
 
 
 def _mean_squares(seen: Float[Array, "seen inputs inputs"], group_size: int) -> Float[Array, "groups group_size"]:

@@ -103,8 +103,8 @@ def _sweep(
         factor = jax.lax.dynamic_slice_in_dim(rows, start, _BLOCK, 2)
         groups = jax.lax.dynamic_slice_in_dim(group, start, _BLOCK, 0)
         empty = jnp.zeros(block.shape[1:], jnp.uint8)
-        start = (block, jnp.zeros_like(block), empty)
-        _, errors, codes = jax.lax.fori_loop(0, _BLOCK, lambda i, carry: one(i, carry, factor, groups), start)
+        carry = (block, jnp.zeros_like(block), empty)
+        _, errors, codes = jax.lax.fori_loop(0, _BLOCK, lambda i, carry: one(i, carry, factor, groups), carry)
         return copies - jnp.einsum("sbi,sbo->sio", rows, errors), codes
 
     starts = jnp.arange(0, copies.shape[1], _BLOCK)

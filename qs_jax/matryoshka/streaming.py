@@ -102,7 +102,7 @@ def multiply_groups(x: Rows, kernel: NestedKernel, bits: int) -> Result:
     return jax.lax.scan(add, zeros, (rows, kernel.planes, kernel.scales[slice_], kernel.offsets[slice_]))[0]
 
 
-def _padded(x: Rows, kernel: NestedKernel) -> Rows:
+def _padded(x: Rows, kernel: NestedKernel) -> Float[Array, "rows padded"]:
     return jnp.pad(x, ((0, 0), (0, kernel.groups * kernel.group_size - kernel.shape[1])))
 
 

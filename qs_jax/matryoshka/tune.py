@@ -6,6 +6,7 @@ learnt, by Adam, for all slices together.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ Grids = dict[str, Grid]
 class Tuning:
     """How long and how fast: passes over the windows, and the learning rate, in units of a scale; it falls to 0."""
 
-    passes: int = 8
-    learning_rate: float = 5e-3
+    passes: int = 4
+    learning_rate: float = 1e-2
 
 
 def tuned(
@@ -63,14 +64,12 @@ def tuned(
     data = [tuple(piece) for piece in zip(*parts, strict=True)]
     start = {name: Grid(jnp.zeros_like(c.grid.scales), jnp.zeros_like(c.grid.offsets)) for name, c in kernels.items()}
     before = _losses(block, kernels, start, data)
-    schedule = optax.cosine_decay_schedule(tuning.learning_rate, max(1, tuning.passes * len(data)))
-    optimizer = optax.adam(schedule)
-    moves, state = start, optimizer.init(start)
+    optimizer = _optimizer(tuning.learning_rate, max(1, tuning.passes * len(data)))
+    moves = jax.tree.map(jnp.copy, start)
+    state = optimizer.init(moves)
     for _ in range(tuning.passes):
         for piece in data:
-            gradients = _gradient(block, kernels, moves, piece, 1 / before)
-            updates, state = optimizer.update(gradients, state)
-            moves = optax.apply_updates(moves, updates)
+            moves, state = _step(optimizer, block, kernels, moves, state, piece, 1 / before)
     result = {name: Coded(c.shape, c.codes, _storable(_moved(c.grid, moves[name]))) for name, c in kernels.items()}
     after = _losses(block, result, start, data)
     return result if float((after / before).sum()) < len(BITS) else dict(kernels)
@@ -95,12 +94,27 @@ def _errors(block: Block, kernels: Kernels, moves: Grids, piece: tuple[Hidden, .
     return jnp.stack(errors)
 
 
-@jax.jit
-def _gradient(
-    block: Block, kernels: Kernels, moves: Grids, piece: tuple[Hidden, ...], balance: Float[Array, " slices"]
-) -> Grids:
-    """Of the sum over slices, each relative to where it began."""
-    return jax.grad(lambda moves: (_errors(block, kernels, moves, piece) * balance).sum())(moves)
+@cache
+def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """One object for equal settings, so that blocks share a compiled step."""
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
+def _step(
+    optimizer: optax.GradientTransformation,
+    block: Block,
+    kernels: Kernels,
+    moves: Grids,
+    state: optax.OptState,
+    piece: tuple[Hidden, ...],
+    balance: Float[Array, " slices"],
+) -> tuple[Grids, optax.OptState]:
+    """Down the gradient of the sum over slices, each relative to where it began."""
+    gradients = jax.grad(lambda moves: (_errors(block, kernels, moves, piece) * balance).sum())(moves)
+    updates, state = optimizer.update(gradients, state)
+    moved = jax.tree.map(jnp.add, moves, updates)
+    return moved, state
 
 
 def _losses(
