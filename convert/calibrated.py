@@ -56,10 +56,12 @@ class Calibration:
         """
         window = min(WINDOW, config.max_position_embeddings)
         digest, wanted = hashlib.sha256(), max(1, tokens // window)
+        starts = [token for token in (config.bos_token_id, *config.eos_token_ids) if token is not None][:1]
         turns: list[list[list[int]]] = []
         for document in documents:
             digest.update(document.encode())
             ids = tokenizer.encode(document)
+            ids = ids if ids[:1] == starts else starts + ids
             for turn in range(len(ids) // window):
                 if turn == len(turns):
                     turns.append([])
@@ -138,27 +140,17 @@ class CalibratedQuantizer(Quantizer):
         return Streams.start(network.embed(tokens, positions))
 
 
-def quantizer_for(options: QuantizeOptions, parts: Parts, target: Path, text: str | None, tokens: int) -> Quantizer:
-    """What quantises a source as the options say.
-
-    Args:
-        options: checked options.
-        parts: the source.
-        target: the folder to make.
-        text: a file or the name of a dataset to calibrate on; None for a method that needs none.
-        tokens: how many of its tokens to use.
+def calibrated_quantizer(
+    options: QuantizeOptions, parts: Parts, target: Path, documents: Sequence[str], *, name: str, tokens: int
+) -> CalibratedQuantizer:
+    """What quantises a source on the first `tokens` tokens of documents; `name` says where they are from.
 
     Raises:
         ConfigError: too little text.
-        EvaluationError: the text cannot be read.
         TokenizerError: the source has no tokenizer.
     """
-    if text is None:
-        return Quantizer(options)
-    from qs_jax.evaluation.text import read_documents
-
     tokenizer = Tokenizer.load(parts.source.folder)
-    calibration = Calibration.of(read_documents(text), tokenizer, parts.config, name=text, tokens=tokens)
+    calibration = Calibration.of(documents, tokenizer, parts.config, name=name, tokens=tokens)
     unfinished = Unfinished(target, parts.source.folder, options, calibration)
     return CalibratedQuantizer(options, parts.config, calibration, unfinished)
 

@@ -83,10 +83,16 @@ def convert(
         parts.plan.raise_if_incomplete(src)
         if not dry_run:
             quantizer = None
-            if options is not None:
-                from convert.calibrated import quantizer_for
+            if options is not None and calibration_text is not None:
+                from convert.calibrated import calibrated_quantizer
+                from qs_jax.evaluation.text import read_documents
 
-                quantizer = quantizer_for(options, parts, dst, calibration_text, calibration_tokens)
+                documents, name = read_documents(calibration_text), calibration_text
+                quantizer = calibrated_quantizer(options, parts, dst, documents, name=name, tokens=calibration_tokens)
+            elif options is not None:
+                from convert.quantize import Quantizer
+
+                quantizer = Quantizer(options)
 
             def check(work: Path) -> dict:
                 from convert.verify import verify as compare

@@ -40,7 +40,7 @@ class Fit:
 
     method: str = "gptq+tune"
     group_size: int = 64
-    weights: SliceWeights = (64.0, 4.0, 1.0)
+    weights: SliceWeights = (256.0, 64.0, 1.0)
     tuning: Tuning = field(default_factory=Tuning)
 
 

@@ -66,7 +66,7 @@ def _factor(
     wide = jnp.pad(hessian, ((0, pad), (0, pad)))[order][:, order]
     wide = jnp.where(idle[:, None] | idle, 0.0, wide)
     diagonal = jnp.diagonal(wide)
-    damping = DAMPING * jnp.maximum(diagonal.sum() / jnp.maximum((~idle).sum(), 1), 1e-30)
+    damping = DAMPING * jnp.maximum(diagonal.sum() / jnp.maximum((~idle).sum(dtype=jnp.float32), 1.0), 1e-30)
     wide += jnp.diag(jnp.where(diagonal == 0, diagonal.max() + damping, damping))
     identity = jnp.eye(len(order), dtype=wide.dtype)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(wide), True), identity)

@@ -112,7 +112,8 @@ def _step(
 ) -> tuple[Grids, optax.OptState]:
     """Down the gradient of the sum over slices, each relative to where it began."""
     gradients = jax.grad(lambda moves: (_errors(block, kernels, moves, piece) * balance).sum())(moves)
-    updates, state = optimizer.update(gradients, state)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        updates, state = optimizer.update(gradients, state)
     moved = jax.tree.map(jnp.add, moves, updates)
     return moved, state
 
