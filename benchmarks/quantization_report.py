@@ -38,9 +38,14 @@ def table(result: dict[str, Any]) -> str:
     """Perplexity, and how far above the dense model's; seconds to encode, compilation included."""
     lines = ["| method | 8 bits | 4 bits | 2 bits | encode, s |", "|---|---|---|---|---|"]
     for name, row in result["rows"].items():
-        cells = [f"{row['perplexity'][b]:,.3f} ({row['perplexity'][b] / result['dense'] - 1:+.1%})" for b in BITS]
+        cells = [_cell(row["perplexity"][b], result["dense"]) for b in BITS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['encode_s']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(perplexity: float, dense: float) -> str:
+    ratio = perplexity / dense
+    return f"{perplexity:,.3f} ({ratio - 1:+.1%})" if ratio < 2 else f"{perplexity:,.1f} ({ratio:,.0f} ×)"
 
 
 def panels(found: dict[str, dict[str, Any]]) -> list[Panel]:
