@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
   qs-convert openai-community/gpt2 ./gpt2 --verify
   qs-convert meta-llama/Llama-2-7b-hf ./llama --dtype bfloat16
   qs-convert ./my-hf-model ./model --quantize matryoshka
+  qs-convert ./my-hf-model ./model --quantize matryoshka --calibration-text train.txt
   qs-convert ./my-hf-model ./model --dry-run --json"""
 )
 def convert(
@@ -36,8 +37,15 @@ def convert(
     quantize: Annotated[
         str | None, typer.Option(help="matryoshka: codes that can be read at 8, 4 or 2 bits (see --method).")
     ] = None,
-    method: Annotated[str, typer.Option(help="With --quantize: rtn.")] = "rtn",
-    group_size: Annotated[int, typer.Option(help="With --quantize: inputs that share a scale; a multiple of 16.")] = 64,
+    method: Annotated[
+        str | None,
+        typer.Option(help="With --quantize: rtn, or with text refit, gptq or gptq+tune (default where there is text)."),
+    ] = None,
+    calibration_text: Annotated[
+        str | None, typer.Option(help="With --quantize: text to fit on, a file or a dataset; not what you evaluate on.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="How many of its tokens to take.")] = 16384,
+    group_size: Annotated[int, typer.Option(help="With --quantize: inputs that share a scale; a multiple of 8.")] = 64,
     exclude: Annotated[
         str, typer.Option(help="With --quantize: module paths that stay dense, as a regular expression.")
     ] = "^embedding|^lm_head",
@@ -58,14 +66,15 @@ def convert(
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         stored = dtype or "float32"
-        quantizer = None
+        options = None
         if quantize is not None:
-            from convert.quantize import SCHEMES, QuantizeOptions, Quantizer
+            from convert.quantize import SCHEMES, QuantizeOptions
 
             if quantize not in SCHEMES:
                 raise ConfigError(f"--quantize is {quantize!r}, expected one of {', '.join(SCHEMES)}")
-            options = QuantizeOptions.of(method=method, group_size=group_size, exclude=exclude, pin=pin)
-            quantizer = Quantizer(options)
+            options = QuantizeOptions.of(
+                method=method, group_size=group_size, exclude=exclude, pin=pin, text=calibration_text is not None
+            )
         folder = locate(src, revision)
         parts = Parts(Source(folder))
         report = inspect(parts)
@@ -73,6 +82,17 @@ def convert(
             print_json(report.to_json())
         parts.plan.raise_if_incomplete(src)
         if not dry_run:
+            quantizer = None
+            if options is not None and calibration_text is not None:
+                from convert.calibrated import calibrated_quantizer
+                from qs_jax.evaluation.text import read_documents
+
+                documents, name = read_documents(calibration_text), calibration_text
+                quantizer = calibrated_quantizer(options, parts, dst, documents, name=name, tokens=calibration_tokens)
+            elif options is not None:
+                from convert.quantize import Quantizer
+
+                quantizer = Quantizer(options)
 
             def check(work: Path) -> dict:
                 from convert.verify import verify as compare
@@ -90,6 +110,8 @@ def convert(
                     quantizer=quantizer,
                     verify=check if verify else None,
                 )
+            if quantizer is not None:
+                quantizer.done()
         if json:
             print_json(report.to_json())
             return

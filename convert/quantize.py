@@ -11,12 +11,12 @@ import numpy as np
 
 from qs_jax.errors import ConfigError
 from qs_jax.matryoshka.codec import BITS, BLOCK
+from qs_jax.matryoshka.fit import METHODS
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest
 from qs_jax.matryoshka.stored import StoredKernel, kernel_arrays, to_manifest
 
 SCHEMES = ("matryoshka",)
-METHODS = ("rtn",)
 DEFAULT_EXCLUDE = "^embedding|^lm_head"
 _NEVER = re.compile("(?!)")
 
@@ -29,7 +29,7 @@ class QuantizeOptions:
 
     Attributes:
         method: one of METHODS.
-        group_size: inputs that share a scale and an offset; a multiple of 16.
+        group_size: inputs that share a scale and an offset; a multiple of 8.
         exclude: module paths that match this stay dense; by default the embedding and the head.
         pin: module paths that match this are always read at 8 bits; None for none but embedding and head.
     """
@@ -40,14 +40,21 @@ class QuantizeOptions:
     pin: re.Pattern[str] = _NEVER
 
     @classmethod
-    def of(cls, *, method: str, group_size: int, exclude: str, pin: str | None) -> "QuantizeOptions":
-        """Check what the user asked for.
+    def of(
+        cls, *, method: str | None, group_size: int, exclude: str, pin: str | None, text: bool = False
+    ) -> "QuantizeOptions":
+        """Check what the user asked for; by default the best method there is, with text or without.
 
         Raises:
-            ConfigError: an unknown method, a group size that is no multiple of 16, or no regular expression.
+            ConfigError: an unknown method, one that needs text without text, a group size that is no multiple of 8,
+                or no regular expression.
         """
+        method = method or (METHODS[-1] if text else METHODS[0])
         if method not in METHODS:
             raise ConfigError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
+        if text != (method != METHODS[0]):
+            advice = "takes no --calibration-text" if text else "needs --calibration-text"
+            raise ConfigError(f"--method {method} {advice}")
         if group_size < BLOCK or group_size % BLOCK:
             raise ConfigError(f"--group-size is {group_size}, expected a multiple of {BLOCK}")
         return cls(method, group_size, _pattern("--exclude", exclude), _pattern("--pin", pin) if pin else _NEVER)
@@ -78,13 +85,21 @@ class Quantizer:
             array = arrays[path]
             weights = jnp.asarray(np.asarray(array, np.float32))
             kernel = replace(self._round(weights), least=self.options.least(path))
-            self.kernels[path] = StoredKernel.of(kernel, {"weights": relative_errors(weights, kernel)})
+            self.kernels[path] = StoredKernel.of(kernel, self.errors(weights, kernel))
             stored |= kernel_arrays(path, kernel)
         return arrays.keys() - set(chosen), stored
+
+    def done(self) -> None:
+        """The conversion is complete."""
 
     def manifest(self) -> dict[str, Any]:
         """What the manifest says about it, once every part is done."""
         return to_manifest(self.kernels, self.options.method)
+
+    @staticmethod
+    def errors(weights: jax.Array, kernel: NestedKernel) -> dict[str, Any]:
+        """What the manifest says of a kernel: per precision, the relative squared error of its weights."""
+        return {"weights": relative_errors(weights, kernel)}
 
     def _round(self, weights: jax.Array) -> NestedKernel:
         return _ROUND(weights, group_size=self.options.group_size)

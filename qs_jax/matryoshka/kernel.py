@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt8, UInt32
+from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt8, UInt16
 
 from qs_jax.matryoshka.codec import BITS, BLOCK, Planes, pack, unpack
 
@@ -37,9 +37,9 @@ class NestedKernel:
         row_bits: that of each row of the batch, in its place; traced.
     """
 
-    high: UInt32[Array, "groups blocks outputs"]
-    middle: UInt32[Array, "groups blocks outputs"]
-    low: UInt32[Array, "groups twice_blocks outputs"]
+    high: UInt16[Array, "groups blocks outputs"]
+    middle: UInt16[Array, "groups blocks outputs"]
+    low: UInt16[Array, "groups twice_blocks outputs"]
     scales: BFloat16[Array, "slices groups outputs"]
     offsets: Int8[Array, "slices groups outputs"]
     shape: tuple[int, int] = field(metadata=_STATIC)
@@ -102,8 +102,7 @@ class NestedKernel:
     def _values(self, planes: Planes, scales: Array, offsets: Array, bits: int) -> Float[Array, "inputs outputs"]:
         slice_ = BITS.index(bits)
         level = levels(unpack(planes, bits), bits, self.bend[slice_])
-        scale, offset = scales[slice_].astype(jnp.float32), offset_in_steps(offsets[slice_], bits)
-        values = (level + offset[:, None]) * scale[:, None]
+        values = dequantised(level, scales[slice_], offset_in_steps(offsets[slice_], bits))
         return values.reshape(-1, values.shape[-1]).astype(self.dtype)
 
 
@@ -112,13 +111,26 @@ def groups_of(inputs: int, group_size: int) -> int:
     return -(-inputs // group_size)
 
 
+def dequantised(
+    level: Float[Array, "groups group_size outputs"],
+    scale: Float[Array, "groups outputs"],
+    offset: Float[Array, "groups outputs"],
+) -> Float[Array, "groups group_size outputs"]:
+    """Weights of levels; the offset in steps of the scale."""
+    return (level + offset[:, None]) * scale.astype(jnp.float32)[:, None]
+
+
 def levels(codes: UInt8[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*shape"]:
     """Where each code stands, in steps of the scale: evenly spaced around 0, and spread outwards by `bend`.
 
     t = c - (2**b - 1) / 2 becomes t + bend · t³ / (2**b / 2)²: a nested code then has narrow cells where weights are
     many and wide ones in the tails.
     """
-    t = codes.astype(jnp.float32) - (2**bits - 1) / 2
+    return bent(codes.astype(jnp.float32) - (2**bits - 1) / 2, bits, bend)
+
+
+def bent(t: Float[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*shape"]:
+    """Evenly spaced levels around 0, spread outwards by `bend`."""
     return t if bend == 0.0 else t * (1.0 + bend / 4.0 ** (bits - 1) * t * t)
 
 
@@ -155,7 +167,7 @@ def abstract_kernel(shape: tuple[int, int], group_size: int) -> NestedKernel:
     groups, blocks = groups_of(inputs, group_size), group_size // BLOCK
 
     def words(count: int) -> Any:
-        return jax.ShapeDtypeStruct((groups, count, outputs), jnp.uint32)
+        return jax.ShapeDtypeStruct((groups, count, outputs), jnp.uint16)
 
     def per_group(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((len(BITS), groups, outputs), dtype)

@@ -1,5 +1,7 @@
 """Products with nested kernels, and the precision at which a whole module reads them."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeGuard, TypeVar
 
 import jax
@@ -9,11 +11,16 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.matryoshka.streaming import FEW_ROWS, SOME_ROWS, multiply_groups, multiply_streams
 
 Tree = TypeVar("Tree")
 
 Rows = Float[Array, "rows inputs"]
 Result = Float[Array, "rows outputs"]
+Stream = Callable[[Rows, NestedKernel, int], Result]
+
+_LARGE = 2**19
+"""Weights of a kernel from which on the CPU reads codes instead of writing out weights first."""
 
 
 def at_bits(module: Tree, bits: int | Int[Array, " batch"]) -> Tree:
@@ -72,4 +79,17 @@ def nested_product(x: Float[Array, "*rows inputs"], kernel: NestedKernel) -> Flo
 
 
 def _product(x: Rows, kernel: NestedKernel, bits: int) -> Result:
+    """One precision for all rows. Small kernels lie in cache anyway; streaming them would only take long to compile."""
+    if kernel.size < _LARGE or x.shape[0] > SOME_ROWS:
+        return _multiply(x, kernel, bits)
+    stream = multiply_streams if x.shape[0] <= FEW_ROWS else multiply_groups
+    on_cpu = partial(_streamed, stream, bits=bits)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_multiply, bits=bits))
+
+
+def _multiply(x: Rows, kernel: NestedKernel, bits: int) -> Result:
     return jax.lax.dot_general(x, kernel.dequantise(bits).astype(x.dtype), (((1,), (1,)), ((), ())))
+
+
+def _streamed(stream: Stream, x: Rows, kernel: NestedKernel, *, bits: int) -> Result:
+    return stream(x, kernel, bits).astype(x.dtype)

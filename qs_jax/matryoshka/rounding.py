@@ -2,14 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from qs_jax.matryoshka.codec import BITS
-from qs_jax.matryoshka.kernel import SCALE_DTYPE, NestedKernel, groups_of, nested_kernel
-
-Grouped = Float[Array, "groups group_size outputs"]
-
-_LARGEST_OFFSET = 127
+from qs_jax.matryoshka.grid import Grid, Grouped, between_extremes, stored_offsets
+from qs_jax.matryoshka.kernel import NestedKernel, groups_of, nested_kernel
 
 
 def grouped(weights: Float[Array, "outputs inputs"], group_size: int) -> Grouped:
@@ -26,15 +23,19 @@ def round_to_nearest(weights: Float[Array, "outputs inputs"], *, group_size: int
     The middle of the cell is free: with scales 16 and 64 times as large, the same stored offset says it exactly.
     """
     values = grouped(weights, group_size)
-    lowest, highest = values.min(axis=1), values.max(axis=1)
-    centre = (highest + lowest) / 2
-    step = jnp.maximum((highest - lowest) / 255, jnp.abs(centre) / _LARGEST_OFFSET)
-    step = jnp.maximum(step, jnp.finfo(jnp.float32).tiny).astype(SCALE_DTYPE).astype(jnp.float32)
-    offset = jnp.clip(jnp.round(centre / step), -_LARGEST_OFFSET, _LARGEST_OFFSET)
-    codes = jnp.clip(jnp.round(values / step[:, None] + 127.5 - offset[:, None]), 0, 255).astype(jnp.uint8)
-    scales = jnp.stack([step * 2.0 ** (8 - bits) for bits in BITS])
-    offsets = jnp.broadcast_to(offset.astype(jnp.int8), scales.shape)
-    return nested_kernel(codes, scales, offsets, inputs=weights.shape[1])
+    grid = between_extremes(values)
+    return packed(nearest_codes(values, grid), grid, inputs=weights.shape[1])
+
+
+def nearest_codes(values: Grouped, grid: Grid) -> UInt8[Array, "groups group_size outputs"]:
+    """The 8-bit codes that read nearest at 8 bits."""
+    codes = jnp.round(values / grid.scales[0, :, None] + 127.5 - grid.offsets[0, :, None])
+    return jnp.clip(codes, 0, 255).astype(jnp.uint8)
+
+
+def packed(codes: UInt8[Array, "groups group_size outputs"], grid: Grid, *, inputs: int) -> NestedKernel:
+    """A kernel of codes and their grid."""
+    return nested_kernel(codes, grid.scales, stored_offsets(grid), inputs=inputs)
 
 
 def relative_errors(weights: Float[Array, "outputs inputs"], kernel: NestedKernel) -> dict[str, float]:

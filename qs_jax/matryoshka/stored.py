@@ -11,6 +11,9 @@ import numpy as np
 from qs_jax.errors import CheckpointError
 from qs_jax.matryoshka.kernel import NestedKernel, abstract_kernel
 
+FORMAT = 2
+"""Of codes in words; 1 was 32-bit words."""
+
 LEAVES = ("high", "middle", "low", "scales", "offsets")
 """The arrays of a kernel; `blocks.0.q.kernel` stores `blocks.0.q.kernel.high` and so on."""
 
@@ -50,6 +53,7 @@ def to_manifest(kernels: Mapping[str, StoredKernel], method: str) -> dict[str, A
     abstract = [kernel.abstract(jnp.dtype("float32")) for kernel in kernels.values()]
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     return {
+        "format": FORMAT,
         "method": method,
         "bits_per_weight": 8 * stored / max(1, sum(kernel.size for kernel in abstract)),
         "bytes": stored,
@@ -61,9 +65,13 @@ def from_manifest(entry: Mapping[str, Any] | None, source: str) -> dict[str, Sto
     """The kernels by path; empty for a folder without quantised weights.
 
     Raises:
-        CheckpointError: the entry is damaged.
+        CheckpointError: the entry is damaged or of another format.
     """
     try:
+        if entry is not None and (found := entry.get("format", 1)) != FORMAT:
+            raise CheckpointError(
+                f"{source}: its codes are of format {found!r}, this version reads {FORMAT}; convert the model again"
+            )
         return {
             str(path): StoredKernel(
                 shape=(int(raw["shape"][0]), int(raw["shape"][1])),

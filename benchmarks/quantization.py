@@ -1,0 +1,258 @@
+"""What do 8, 4 and 2 bits cost in perplexity, by which method, and what does it cost that all three are one code?
+
+    python -m benchmarks.quantization stories3M babyllama105 gpt2 llama  # results/quantization_NAME.json each
+    python -m benchmarks.quantization kernels    # SQNR of the real GPT-2 124M attention kernels, no perplexity
+    python -m benchmarks.quantization --report   # docs/quantization.md and .png from the results there are
+    python -m benchmarks.quantization stories3M --methods rtn gptq       # only these rows, the others stay
+
+Fitted on training text, judged on other text (the documents of benchmarks/quality.py), every document from its start.
+All kernels of all blocks are quantised, group 64; embedding and head stay dense. `independent` fits one model for each
+precision with plain GPTQ, all else equal: what nesting costs is the difference.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+from safetensors.numpy import load_file
+
+from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.quality import studies
+from benchmarks.quantization_report import write_report
+from convert.calibrated import Calibration
+from qs_jax.console import reporting_errors
+from qs_jax.evaluation.text import read_documents
+from qs_jax.loading import Model, load
+from qs_jax.matryoshka.codec import BITS
+from qs_jax.matryoshka.fit import METHODS, Fit, Streams, fit_block
+from qs_jax.matryoshka.grid import Grid, between_extremes, read, refit
+from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.matryoshka.linear import at_bits, is_nested
+from qs_jax.matryoshka.rounding import grouped, nearest_codes
+from qs_jax.models import CausalLM, arrays_by_path, forward, network_from_arrays
+from reference_models.data import text_folder
+
+GROUP = 64
+CALIBRATION_TOKENS = 8192
+SCORED_TOKENS = 8192
+WINDOW = 256
+BATCH = 8
+INDEPENDENT = "independent gptq"
+SHIFT, MATQUANT = "plain shift", "MatQuant rounding"
+ROWS = (SHIFT, MATQUANT, *METHODS, INDEPENDENT)
+
+Weights = Float[Array, "outputs inputs"]
+Networks = dict[int, CausalLM]
+
+
+def shifted(weights: Weights, bits: int, *, rounds: bool) -> Weights:
+    """The top bits of the 8-bit code, followed by zeros: cut off (the paper), or rounded and clamped (MatQuant)."""
+    values = grouped(weights, GROUP)
+    grid = between_extremes(values)
+    unit = 2 ** (8 - bits)
+    codes = nearest_codes(values, grid).astype(jnp.float32) / unit
+    top = jnp.clip(jnp.round(codes), 0, 2**bits - 1) if rounds else jnp.floor(codes)
+    plain = grid.scales[0][:, None] * (top * unit - 127.5 + grid.offsets[0][:, None])
+    return plain.reshape(-1, weights.shape[0]).T[:, : weights.shape[1]]
+
+
+_shifted = jax.jit(shifted, static_argnames=("bits", "rounds"))
+
+
+def by_rounding(model: Model, rounds: bool) -> tuple[Networks, float]:
+    """The network at every precision, its kernels as `shifted` leaves them."""
+    started, networks = time.perf_counter(), {}
+    for bits in BITS:
+        arrays = arrays_by_path(model.network)
+        chosen = [path for path in arrays if path.startswith("blocks.") and path.endswith(".kernel")]
+        arrays |= {path: _shifted(arrays[path], bits=bits, rounds=rounds) for path in chosen}
+        networks[bits] = network_from_arrays(model.config, arrays, dtype=model.dtype)
+    return networks, time.perf_counter() - started
+
+
+def by_fit(model: Model, tokens: Int[np.ndarray, "windows window"], fit: Fit) -> tuple[Networks, float]:
+    """The network fitted once, read at every precision."""
+    started = time.perf_counter()
+    network = fitted_network(model, tokens, fit)
+    return {bits: at_bits(network, bits) for bits in BITS}, time.perf_counter() - started
+
+
+def by_independent_fits(model: Model, tokens: Int[np.ndarray, "windows window"]) -> tuple[Networks, float]:
+    """One network for each precision, each fitted for it alone."""
+    started, networks = time.perf_counter(), {}
+    for slice_, bits in enumerate(BITS):
+        alone = tuple(1.0 if other == slice_ else 0.0 for other in range(len(BITS)))
+        fit = Fit("gptq", GROUP, (alone[0], alone[1], alone[2]))
+        networks[bits] = at_bits(fitted_network(model, tokens, fit), bits)
+    return networks, time.perf_counter() - started
+
+
+def fitted_network(model: Model, tokens: Int[np.ndarray, "windows window"], fit: Fit) -> CausalLM:
+    """All blocks, one after the other, as a conversion fits them."""
+    arrays, ids = arrays_by_path(model.network), jnp.asarray(tokens)
+    streams = Streams.start(model.network.embed(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)))
+    for number, block in enumerate(model.network.blocks):
+        fitted = fit_block(block, streams, fit)
+        streams = streams.after(block, {name: found.kernel for name, found in fitted.items()})
+        arrays |= {f"blocks.{number}.{name}.kernel": found.kernel for name, found in fitted.items()}
+    return network_from_arrays(model.config, arrays, dtype=model.dtype)
+
+
+@jax.jit
+def _nats(network: CausalLM, tokens: Int[Array, "batch window"], scored: Bool[Array, "batch window"]) -> Array:
+    losses = optax.softmax_cross_entropy_with_integer_labels(forward(network, tokens[:, :-1]), tokens[:, 1:])
+    return jnp.where(scored[:, 1:], losses, 0.0).sum()
+
+
+Text = tuple[Int[np.ndarray, "rows window"], Bool[np.ndarray, "rows window"]]
+
+
+def perplexity(network: CausalLM, text: Text) -> float:
+    """Per token, every document from its start and up to one window of it."""
+    tokens, scored = text
+    pieces = range(0, len(tokens), BATCH)
+    nats = sum(float(_nats(network, tokens[i : i + BATCH], scored[i : i + BATCH])) for i in pieces)
+    return math.exp(nats / scored[:, 1:].sum())
+
+
+def scored_text(model: Model, documents: Sequence[str]) -> Text:
+    """Documents cut to one window and padded, until there are tokens enough; a multiple of the batch."""
+    assert model.tokenizer is not None
+    window = min(WINDOW, model.config.max_position_embeddings)
+    starts = [t for t in (model.config.bos_token_id, *model.config.eos_token_ids) if t is not None][:1]
+    tokens: list[np.ndarray] = []
+    scored: list[np.ndarray] = []
+    for document in documents:
+        ids = model.tokenizer.encode(document)
+        ids = (ids if ids[:1] == starts else starts + ids)[:window]
+        tokens.append(np.pad(np.asarray(ids, np.int32), (0, window - len(ids))))
+        scored.append(np.arange(window) < len(ids))
+        if sum(map(np.sum, scored)) >= SCORED_TOKENS:
+            break
+    missing = -len(tokens) % BATCH
+    tokens += [tokens[0]] * missing
+    scored += [np.zeros(window, bool)] * missing
+    return np.stack(tokens), np.stack(scored)
+
+
+def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Perplexity of a model at every precision, beside the dense model's; once more after every row."""
+    chosen = studies()[name]
+    model = load(chosen.model, dtype="float32")
+    documents = [read_documents(text_folder() / file, which) for file, which in (chosen.calibration, chosen.text)]
+    assert model.tokenizer is not None
+    calibration = Calibration.of(
+        documents[0], model.tokenizer, model.config, name=chosen.calibration[0], tokens=CALIBRATION_TOKENS
+    )
+    text = scored_text(model, documents[1])
+    makers: dict[str, Callable[[], tuple[Networks, float]]] = {
+        SHIFT: partial(by_rounding, model, rounds=False),
+        MATQUANT: partial(by_rounding, model, rounds=True),
+        **{method: partial(by_fit, model, calibration.tokens, Fit(method, GROUP)) for method in METHODS},
+        INDEPENDENT: partial(by_independent_fits, model, calibration.tokens),
+    }
+    result: dict[str, Any] = {
+        "model": name,
+        "tokens_scored": int(text[1][:, 1:].sum()),
+        "calibration_tokens": calibration.tokens.size,
+        "dense": perplexity(model.network, text),
+        "rows": {},
+    }
+    for row in rows:
+        networks, seconds = makers[row]()
+        result["rows"][row] = {
+            "perplexity": {str(bits): perplexity(network, text) for bits, network in networks.items()},
+            "encode_s": seconds,
+            "date": environment()["date"],
+        }
+        if any(map(is_nested, jax.tree.leaves(networks[8], is_leaf=is_nested))):
+            result["bytes_fraction"] = stored_fraction(networks[8])
+        print(name, row, result["dense"], result["rows"][row], flush=True)
+        yield result
+
+
+def stored_fraction(network: CausalLM) -> float:
+    """Bytes of the quantised kernels, planes, scales and offsets, over those of the same kernels in float32."""
+    kernels = [leaf for leaf in jax.tree.leaves(network, is_leaf=is_nested) if isinstance(leaf, NestedKernel)]
+    return sum(leaf.nbytes for kernel in kernels for leaf in jax.tree.leaves(kernel)) / sum(4 * k.size for k in kernels)
+
+
+def kernel_study() -> dict[str, Any]:
+    """Signal to noise, dB, of real GPT-2 124M attention kernels: power of the weights over that of their error."""
+    kernels = load_file(text_folder().parent / "models" / "gpt2-124m-attention-kernels.safetensors")
+    ways: dict[str, Callable[[Weights, int], Weights]] = {
+        SHIFT: lambda w, bits: _shifted(w, bits=bits, rounds=False),
+        MATQUANT: lambda w, bits: _shifted(w, bits=bits, rounds=True),
+        "rtn": lambda w, bits: _read_at(w, *_rounded(w), bits),
+        "refit": lambda w, bits: _read_at(w, *_refitted(w, jnp.asarray(Fit().weights)), bits),
+        "independent refit": lambda w, bits: _read_at(w, *_refitted(w, jnp.eye(3)[BITS.index(bits)]), bits),
+    }
+    rows: dict[str, dict[str, float]] = {}
+    for name, way in ways.items():
+        power, noise = 0.0, dict.fromkeys(BITS, 0.0)
+        for kernel in kernels.values():
+            weights = jnp.asarray(np.asarray(kernel, np.float32).T)
+            power += float(jnp.square(weights).sum())
+            for bits in BITS:
+                noise[bits] += float(jnp.square(way(weights, bits) - weights).sum())
+        rows[name] = {str(bits): 10 * math.log10(power / noise[bits]) for bits in BITS}
+    return {"kernels": len(kernels), "sqnr_db": rows}
+
+
+@jax.jit
+def _rounded(weights: Weights) -> tuple[Array, Grid]:
+    values = grouped(weights, GROUP)
+    grid = between_extremes(values)
+    return nearest_codes(values, grid), grid
+
+
+@jax.jit
+def _refitted(weights: Weights, importance: Float[Array, " slices"]) -> tuple[Array, Grid]:
+    values = grouped(weights, GROUP)
+    return refit(values, jnp.ones(values.shape[:2]), importance)
+
+
+def _read_at(weights: Weights, codes: Array, grid: Grid, bits: int) -> Weights:
+    values = read(codes, Grid(*(part[:, :, None] for part in grid)), BITS.index(bits))
+    return values.reshape(-1, weights.shape[0]).T[:, : weights.shape[1]]
+
+
+def merged(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with the rows of an earlier call that this one did not run; none where the model itself differs."""
+    path: Path = RESULTS / f"quantization_{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = math.isclose(before.get("dense", 0.0), result["dense"], rel_tol=1e-6)
+    rows = {**(before["rows"] if same else {}), **result["rows"]}
+    return {**before, **result, "rows": {row: rows[row] for row in ROWS if row in rows}}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*sorted(studies()), "kernels", []])
+    parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--report", action="store_true", help="write docs/quantization.md and .png, run nothing")
+    arguments = parser.parse_args(argv)
+    with reporting_errors(debug=True):
+        for name in arguments.models:
+            if name == "kernels":
+                print(write_result("quantization_kernels", kernel_study()))
+            else:
+                for result in study(name, arguments.methods):
+                    whole = merged(name, result)
+                    write_result(f"quantization_{name}", {k: v for k, v in whole.items() if k != "environment"})
+        if arguments.report:
+            write_report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""docs/quantization.md and its figure, from the result files of benchmarks.quantization and quantized_decode."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+from benchmarks.plots import Panel, draw
+
+DOCS = Path(__file__).parents[1] / "docs"
+MODELS = ("stories3M", "babyllama105", "gpt2", "llama")
+BITS = ("8", "4", "2")
+
+_INTRODUCTION = """# Matryoshka quantization: what it costs
+
+One set of integer codes, read at 8, 4 or 2 bits. This page is written by `python -m benchmarks.quantization --report`
+from `benchmarks/results/quantization_*.json` and `quantized_decode.json`, which hold hardware, versions and dates.
+
+* **plain shift** cuts the 8-bit code; **MatQuant rounding** rounds and clamps it (arXiv 2502.06786).
+* **rtn** reads the middle of a coarser code's cell. **refit** chooses ranges, codes, and scales and offsets per slice
+  by what inputs weigh. **gptq** also makes up for each input's error, for all three readings at once. **+tune** moves
+  scales and offsets by gradient against the block's output.
+* **independent gptq** is three models, each fitted for one precision alone: the difference to gptq is what nesting
+  costs.
+
+Fitted on training text, judged on other text; all kernels of the blocks, group 64, embedding and head dense. Not built:
+a rotation before quantization; codebooks with uneven levels are read but no method fits one.
+"""
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Result files of models, by name."""
+    paths = {name: RESULTS / f"quantization_{name}.json" for name in MODELS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Perplexity, and how far above the dense model's; seconds to encode, compilation included."""
+    lines = ["| method | 8 bits | 4 bits | 2 bits | encode, s |", "|---|---|---|---|---|"]
+    for name, row in result["rows"].items():
+        cells = [_cell(row["perplexity"][b], result["dense"]) for b in BITS]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['encode_s']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(perplexity: float, dense: float) -> str:
+    ratio = perplexity / dense
+    return f"{perplexity:,.3f} ({ratio - 1:+.1%})" if ratio < 2 else f"{perplexity:,.1f} ({ratio:,.0f} ×)"
+
+
+def panels(found: dict[str, dict[str, Any]]) -> list[Panel]:
+    """Perplexity over bits, one panel for each model."""
+    return [
+        Panel(
+            name,
+            "bits",
+            "perplexity",
+            {
+                row: ([2, 4, 8], [values["perplexity"][b] for b in reversed(BITS)])
+                for row, values in result["rows"].items()
+            }
+            | {"dense": ([2, 8], [result["dense"]] * 2)},
+            log_x=True,
+            log_y=True,
+            faint=("dense",),
+        )
+        for name, result in found.items()
+    ]
+
+
+def kernels() -> str:
+    """Signal to noise of real kernels."""
+    path = RESULTS / "quantization_kernels.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    lines = [f"\n## Real GPT-2 124M kernels\n\nSQNR of the weights, dB, over {result['kernels']} attention kernels:\n"]
+    lines += ["| method | 8 bits | 4 bits | 2 bits |", "|---|---|---|---|"]
+    lines += [f"| {n} | " + " | ".join(f"{r[b]:.1f}" for b in BITS) + " |" for n, r in result["sqnr_db"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def decode() -> str:
+    """Time of a decode step."""
+    path = RESULTS / "quantized_decode.json"
+    if not path.exists():
+        return ""
+    lines = ["\n## A decode step on CPU, batch 1\n\nMilliseconds; in brackets, how many times as fast as float32:\n"]
+    rows = json.loads(path.read_text())["rows"]
+    names = list(rows[0]["sides"])
+    lines += ["| model | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for row in rows:
+        cells = [f"{s['median_ms']:.1f} ({s['speedup']:.2f} ×)" for s in row["sides"].values()]
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """docs/quantization.md."""
+    parts = [_INTRODUCTION, "\n![perplexity over bits](quantization.png)\n"]
+    for name, result in found.items():
+        parts.append(
+            f"\n## {name}\n\nDense perplexity {result['dense']:.3f} over {result['tokens_scored']:,} tokens, "
+            f"calibrated on {result['calibration_tokens']:,}. "
+            f"Stored kernels take {result['bytes_fraction']:.3f} of float32.\n\n"
+        )
+        parts.append(table(result))
+    return "".join((*parts, kernels(), decode()))
+
+
+def write_report() -> None:
+    """The page and its figure."""
+    found = results()
+    draw(panels(found), DOCS / "quantization.png")
+    (DOCS / "quantization.md").write_text(page(found), "utf-8")
