@@ -193,9 +193,9 @@ def kernel_study() -> dict[str, Any]:
     ways: dict[str, Callable[[Weights, int], Weights]] = {
         SHIFT: lambda w, bits: _shifted(w, bits=bits, rounds=False),
         MATQUANT: lambda w, bits: _shifted(w, bits=bits, rounds=True),
-        "rtn": lambda w, bits: _read_at(w, *_rounded(w), bits),
-        "refit": lambda w, bits: _read_at(w, *_refitted(w, jnp.asarray(Fit().weights)), bits),
-        "independent refit": lambda w, bits: _read_at(w, *_refitted(w, jnp.eye(3)[BITS.index(bits)]), bits),
+        "rtn": lambda w, bits: _read_at(w, _rounded(w), bits),
+        "refit": lambda w, bits: _read_at(w, _refitted(w, jnp.asarray(Fit().weights)), bits),
+        "independent refit": lambda w, bits: _read_at(w, _refitted(w, jnp.eye(3)[BITS.index(bits)]), bits),
     }
     rows: dict[str, dict[str, float]] = {}
     for name, way in ways.items():
@@ -222,7 +222,8 @@ def _refitted(weights: Weights, importance: Float[Array, " slices"]) -> tuple[Ar
     return refit(values, jnp.ones(values.shape[:2]), importance)
 
 
-def _read_at(weights: Weights, codes: Array, grid: Grid, bits: int) -> Weights:
+def _read_at(weights: Weights, coded: tuple[Array, Grid], bits: int) -> Weights:
+    codes, grid = coded
     values = read(codes, Grid(*(part[:, :, None] for part in grid)), BITS.index(bits))
     return values.reshape(-1, weights.shape[0]).T[:, : weights.shape[1]]
 

@@ -71,7 +71,8 @@ def test_the_best_codes_are_those_of_trying_all() -> None:
     grid = Grid(jnp.asarray([1.0, 15.0, 70.0]), jnp.asarray([3.0, 0.2, -0.1]))
     targets, weights = 80 * normal(3, 200), jnp.asarray([4.0, 2.0, 1.0])
     every = jnp.arange(256, dtype=jnp.uint8)
-    cost = sum(weights[s] * jnp.square(read(every, grid, s)[:, None] - targets[s]) for s in range(3))
+    errors = [weights[s] * jnp.square(read(every, grid, s)[:, None] - targets[s]) for s in range(3)]
+    cost = jnp.stack(errors).sum(axis=0)
     found = best_codes(targets, Grid(grid.scales[:, None], grid.offsets[:, None]), weights)
     chosen = jnp.take_along_axis(cost, found[None].astype(jnp.int32), 0)[0]
     np.testing.assert_allclose(chosen, cost.min(axis=0), rtol=1e-4, atol=1e-3)
