@@ -1,6 +1,7 @@
 """Shared by all tests: strict numerics, checked shapes, a cache of compiled programs, and where the real data lies."""
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "xla"))
     jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # a shell that starts tests in the background has them ignore Ctrl-C, and their children with them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

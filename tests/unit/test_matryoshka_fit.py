@@ -31,6 +31,12 @@ from tests.unit.test_conversion import run as convert_folder
 
 rng = np.random.default_rng(0)
 ALL = (1.0, 1.0, 1.0)
+_START = rng.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers_whatever_ran_before() -> None:
+    rng.bit_generator.state = _START
 
 
 def normal(*shape: int) -> jax.Array:
