@@ -24,12 +24,14 @@ from qs_jax.evaluation.candidates import (
 )
 from qs_jax.evaluation.measurements import Measured, Part
 from qs_jax.evaluation.observation import Observed
-from qs_jax.evaluation.risk import Estimate, accepted, pareto_path, rungs
+from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
 from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase
 
-_TESTED_SHARES = (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
+_TESTED = 8
+"""Most policies that are tested, in equal steps of what they save."""
+
 _COMBINED_SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of the budget: how close to it the policies come that are tested, and the combinations that are tried."""
+"""Of the budget: how close to it the combinations come that are tried."""
 
 _GIVE_UP = 2.0
 """A family of ever more halting is left when its increase is this many budgets."""
@@ -195,10 +197,9 @@ def _choose(bench: Bench, pool: Sequence[Policy], stops: Sequence[Policy], goal:
 
 
 def _tested(bench: Bench, pool: Sequence[Policy], goal: Goal) -> tuple[list[Policy], list[Policy]]:
-    """The path through the pool, and how far it may be trusted."""
+    """The ladder through the pool, and how far up it may be trusted."""
     estimates = [Estimate(n, bench.increase(p, "search"), bench.cost(p)) for n, p in enumerate(pool)]
-    cheaper = [estimate for estimate in estimates if estimate.cost < bench.cost(Policy.off())]
-    path = [pool[e.place] for e in rungs(pareto_path(cheaper), goal.budget, _TESTED_SHARES)]
+    path = [pool[e.place] for e in ladder(estimates, goal.budget, bench.cost(Policy.off()), _TESTED)]
     return path, accepted(path, _p_value(bench, goal.budget), 1 - goal.confidence)
 
 

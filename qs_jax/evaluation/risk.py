@@ -6,6 +6,7 @@ order, another tests them in that order. Since testing stops at the first policy
 that any accepted one is truly above the budget is at most the level, however many were tried in the search.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -40,6 +41,20 @@ def rungs(path: Sequence[Estimate], budget: float, shares: Sequence[float]) -> l
         if within and within[-1] not in found:
             found.append(within[-1])
     return found
+
+
+def ladder(estimates: Iterable[Estimate], budget: float, dense_cost: float, steps: int) -> list[Estimate]:
+    """Of what seems affordable, the safest estimate of each equal step of saving: from saving little to saving most.
+
+    Ordered by saving, which is known, and not by risk, which the search only guesses: one bold candidate that happens
+    to look harmless must not push the timid ones off the path, for if it fails the test nothing is left.
+    """
+    affordable = [estimate for estimate in estimates if estimate.risk <= budget and estimate.cost < dense_cost]
+    most = max((dense_cost - estimate.cost for estimate in affordable), default=0.0)
+    safest: dict[int, Estimate] = {}
+    for estimate in sorted(affordable, key=lambda e: (e.risk, e.cost)):
+        safest.setdefault(math.ceil(steps * (dense_cost - estimate.cost) / most), estimate)
+    return [safest[step] for step in sorted(safest)]
 
 
 def accepted(path: Sequence[T], p_value: Callable[[T], float], level: float) -> list[T]:

@@ -15,7 +15,7 @@ from qs_jax.evaluation.calibration import Goal, calibrate
 from qs_jax.evaluation.candidates import Space, joined, neighbours, stop_prompt, stripped
 from qs_jax.evaluation.measurements import Measured, Measurements, Part, split
 from qs_jax.evaluation.observation import Observed, observe
-from qs_jax.evaluation.risk import Estimate, accepted, pareto_path, rungs
+from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
 from qs_jax.evaluation.statistics import increase
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.loading import load
@@ -131,6 +131,14 @@ def test_the_path_is_the_front_from_safe_to_cheap() -> None:
     assert [e.place for e in rungs(pareto_path(estimates), 0.5, (0.1, 0.3, 0.5, 1))] == [1, 0]
     many = [Estimate(n, n / 10, -n) for n in range(20)]
     assert [e.place for e in rungs(many, 1.0, (0.25, 0.5, 1))] == [2, 5, 10]
+
+
+def test_a_lucky_bold_candidate_does_not_hide_the_timid_ones() -> None:
+    costs = [100.0, 90.0, 91.0, 70.0, 50.0, 10.0]
+    risks = [0.0, 0.03, 0.02, 0.1, -0.01, 0.9]
+    estimates = [Estimate(n, risk, cost) for n, (risk, cost) in enumerate(zip(risks, costs, strict=True))]
+    assert [e.place for e in ladder(estimates, 0.2, 100.0, 5)] == [2, 3, 4]
+    assert ladder(estimates[:1], 0.2, 100.0, 5) == []
 
 
 def test_testing_stops_at_the_first_failure() -> None:
