@@ -76,7 +76,8 @@ def run(chosen: Study, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     for file, which in chosen.further:
         less = Plan(plan.prefix, plan.window, min(FURTHER_TOKENS, plan.max_tokens), plan.batch)
         windows = cut(model, read_documents(text_folder() / file, which), less)
-        further[file] = {**evaluate(model, windows, policy, less), "samples": [], "logprobs": []}
+        found = evaluate(model, windows, policy, less)
+        further[file] = {**found, "model": chosen.model.name, "samples": [], "logprobs": []}
     return {**result, "logprobs": [], "model": chosen.model.name, "text": chosen.text[0], "further": further}
 
 
