@@ -11,7 +11,7 @@ import pytest
 from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
 
-from tests import typechecking
+from tests import counting, typechecking
 
 # the faces are left out: they are what refuses a user's wrong types, with messages of their own
 _CHECKED = ("adaptive", "cache", "checkpoint", "engine", "loading", "matryoshka", "models", "tokenizer")
@@ -38,6 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # a shell that starts tests in the background has them ignore Ctrl-C, and their children with them
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Here and not beside the hostile suites: under xdist the process that prints loads no other conftest."""
+    if line := counting.summary(terminalreporter):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
