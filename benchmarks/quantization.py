@@ -35,10 +35,11 @@ from qs_jax.evaluation.text import read_documents
 from qs_jax.loading import Model, load
 from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.fit import METHODS, Fit, Streams, fit_block
-from qs_jax.matryoshka.grid import Grid, between_extremes, read, refit
+from qs_jax.matryoshka.grid import Grid, between_extremes, refit
 from qs_jax.matryoshka.kernel import NestedKernel
-from qs_jax.matryoshka.linear import at_bits, is_nested
+from qs_jax.matryoshka.linear import at_bits, has_planes, is_nested
 from qs_jax.matryoshka.rounding import grouped, nearest_codes
+from qs_jax.matryoshka.tune import Coded
 from qs_jax.models import CausalLM, arrays_by_path, forward, network_from_arrays
 from reference_models.data import text_folder
 
@@ -175,7 +176,7 @@ def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
             "encode_s": seconds,
             "date": environment()["date"],
         }
-        if any(map(is_nested, jax.tree.leaves(networks[8], is_leaf=is_nested))):
+        if has_planes(networks[8]):
             result["bytes_fraction"] = stored_fraction(networks[8])
         print(name, row, result["dense"], result["rows"][row], flush=True)
         yield result
@@ -224,8 +225,7 @@ def _refitted(weights: Weights, importance: Float[Array, " slices"]) -> tuple[Ar
 
 def _read_at(weights: Weights, coded: tuple[Array, Grid], bits: int) -> Weights:
     codes, grid = coded
-    values = read(codes, Grid(*(part[:, :, None] for part in grid)), BITS.index(bits))
-    return values.reshape(-1, weights.shape[0]).T[:, : weights.shape[1]]
+    return Coded((weights.shape[0], weights.shape[1]), codes, grid).weights(BITS.index(bits))
 
 
 def merged(name: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", choices=[*sorted(studies()), "kernels", []])
     parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--report", action="store_true", help="write docs/quantization.md and .png, run nothing")
+    parser.add_argument("--report", action="store_true", help="write docs/quantization.md and .png, after what is run")
     arguments = parser.parse_args(argv)
     with reporting_errors(debug=True):
         for name in arguments.models:
