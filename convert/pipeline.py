@@ -13,11 +13,14 @@ import numpy as np
 from convert.parts import Parts, stored_as
 from convert.quantize import Quantizer
 from qs_jax.checkpoint import replacing, write_manifest, write_part
+from qs_jax.lens import LENS_FILE
 from qs_jax.tokenizer import TOKENIZER_FILES
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
-_COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_COPIED = ("config.json", "generation_config.json", LENS_FILE, *TOKENIZER_FILES)
+_CALIBRATED = "policy.json"
+"""Copied with the weights it was calibrated on, not with codes of them."""
 
 Advance = Callable[..., None]
 
@@ -90,7 +93,7 @@ def convert(
             report.bytes_out += sum(array.nbytes for array in stored.values())
             write_part(work, part, stored)
             advance()
-        for file in _COPIED:
+        for file in (*_COPIED, *(() if quantizer else (_CALIBRATED,))):
             if (parts.source.folder / file).is_file():
                 shutil.copyfile(parts.source.folder / file, work / file)
         facts: dict[str, Any] = {"source": name, "dtype": dtype}

@@ -128,6 +128,7 @@ def bench(
 
 app.command("eval", epilog=cli_study.EVAL_EXAMPLES)(cli_study.evaluate)
 app.command("calibrate", epilog=cli_study.CALIBRATE_EXAMPLES)(cli_study.calibrate)
+app.command("lens", epilog=cli_study.LENS_EXAMPLES)(cli_study.lens)
 app.command("report", epilog=cli_study.REPORT_EXAMPLES)(cli_study.report)
 
 

@@ -143,9 +143,12 @@ def calibrate(
     signal: Annotated[
         str, typer.Option(help="What halting looks at: relative_drift, direction_drift, raw_drift, attention_update.")
     ] = "relative_drift",
-    kv_rule: Annotated[str, typer.Option(help="What deeper layers see of halted tokens: frozen, drop or zero.")] = (
-        "frozen"
-    ),
+    kv_rule: Annotated[
+        str | None,
+        typer.Option(
+            help="What deeper layers see of halted tokens: affine (default where there is a lens), frozen, drop, zero."
+        ),
+    ] = None,
     prefix: Prefix = None,
     window: WindowOption = 64,
     max_tokens: MaxTokens = 4096,
@@ -159,13 +162,13 @@ def calibrate(
 ) -> None:
     """Find the policy that saves most while perplexity rises no more than allowed, tested on text held back."""
     with reporting_errors(debug):
-        target = _target(model, out, overwrite=overwrite)
+        target = _target(model, out, "policy.json", overwrite=overwrite)
         from qs_jax.evaluation.calibration import Goal
         from qs_jax.evaluation.study import calibrate_model
         from qs_jax.evaluation.windows import Plan
 
         goal = Goal(max_ppl_increase, confidence)
-        Policy(decode_halting=Halting(cast(Any, signal)), kv_rule=cast(Any, kv_rule))
+        Policy(decode_halting=Halting(cast(Any, signal)), kv_rule=cast(Any, kv_rule or "frozen"))
         plan = Plan(prefix, window, max_tokens, batch)
         loaded, windows = _load(model, text, documents, plan, dtype=dtype, revision=revision, verify=verify)
         with progress("calibrating", _MEASUREMENTS) as advance:
@@ -180,11 +183,11 @@ def calibrate(
             _print_calibration(result)
 
 
-def _target(model: str, out: str | None, *, overwrite: bool) -> Path:
-    """Where the policy goes."""
+def _target(model: str, out: str | None, name: str, *, overwrite: bool) -> Path:
+    """Where a result goes."""
     if out is None and not Path(model).is_dir():
-        raise EvaluationError(f"{model} is not a folder; say with --out where the policy goes")
-    target = Path(out) if out is not None else Path(model) / "policy.json"
+        raise EvaluationError(f"{model} is not a folder; say with --out where {name} goes")
+    target = Path(out) if out is not None else Path(model) / name
     if target.exists() and not overwrite:
         raise EvaluationError(f"{target} is there already; give --overwrite or another --out")
     if not target.parent.is_dir():
@@ -205,6 +208,50 @@ def _print_calibration(result: dict[str, Any]) -> None:
     elif uniform is not None:
         print(f"best uniform stop of the prompt within the budget: {uniform['flops_reduction']:.1%}")
     print(f"written to {result['out']}")
+
+
+LENS_EXAMPLES = """Examples:
+
+\b
+  qs-jax lens ./model --text train.txt
+  qs-jax calibrate ./model --text other.txt
+A lens in the model's folder is found there; calibrate then lets halted tokens follow it."""
+
+
+def lens(
+    model: ModelArgument,
+    text: Text,
+    documents: Documents = ":",
+    out: Annotated[str | None, typer.Option(help="File to write; by default lens.safetensors in MODEL.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to fit on, spread over the text.")] = 32768,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the lens if it is there.")] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    verify: Verify = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit the affine lens: what layers do to halted tokens, in closed form. Nothing is trained; beyond the paper."""
+    with reporting_errors(debug):
+        target = _target(model, out, "lens.safetensors", overwrite=overwrite)
+        from qs_jax.evaluation.lens import fit_lens
+        from qs_jax.evaluation.text import read_documents
+        from qs_jax.evaluation.windows import whole
+        from qs_jax.loading import load
+
+        found = read_documents(text, documents)
+        loaded = load(model, dtype=dtype, revision=revision, verify=verify)
+        windows = whole(loaded, found, max_tokens)
+        with progress("fitting", loaded.config.num_hidden_layers) as advance:
+            fit = fit_lens(loaded, windows, advance)
+        fit.lens.save(target)
+        result = {"out": str(target), "tokens": windows.size, "explained": fit.explained}
+        if json:
+            print_json(result)
+            return
+        for layer, share in enumerate(fit.explained, start=2):
+            print(f"layer {layer:3}: {share:6.1%} of what it adds is affine in what enters it")
+        print(f"written to {target}")
 
 
 REPORT_EXAMPLES = """Examples:

@@ -4,15 +4,15 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 text beside the file, then rename it over: a killed process leaves the old file or the new one.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8, beside the file, then rename: a killed process leaves the old file or the new.
 
     Raises:
         OSError: nothing can be written there; what was begun is taken away again.
     """
     partial = _partial(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         partial.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -13,6 +13,7 @@ from convert.source import Source, locate
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError, TokenizerError
+from qs_jax.lens import LENS_FILE, Lens, with_lens
 from qs_jax.matryoshka.stored import collect, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM
@@ -32,6 +33,13 @@ class Model:
     tokenizer: Tokenizer | None
     dtype: jnp.dtype
     name: str
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that are no text: the tokenizer's, and those that start, end and pad."""
+        config, ids = self.config, self.tokenizer.special_ids if self.tokenizer else []
+        own = (*config.eos_token_ids, config.bos_token_id, config.pad_token_id)
+        return sorted({*ids, *(token for token in own if token is not None)})
 
 
 def load(
@@ -53,7 +61,8 @@ def load(
             The environment variable QS_JAX_COMPILATION_CACHE may name another folder, or be `off`.
 
     Raises:
-        CheckpointError: the folder or a file in it is missing, damaged, or does not fit its configuration.
+        CheckpointError: the folder or a file in it (its lens, too) is missing, damaged, or does not fit its
+            configuration.
         ConfigError: the architecture or an option is not supported, or the dtype unknown.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -64,6 +73,8 @@ def load(
         _use_compilation_cache()
     config, arrays = _read_converted(folder, chosen, verify) if is_converted(folder) else _read_source(folder, chosen)
     network = network_from_arrays(config, arrays, dtype=chosen)
+    if (folder / LENS_FILE).is_file():
+        network = with_lens(network, Lens.load(folder / LENS_FILE, config))
     return Model(config, network, _tokenizer(folder), chosen, str(path_or_id))
 
 

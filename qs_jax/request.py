@@ -63,15 +63,19 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: Generation
 
 
 def bind_policy(model: Model, policy: Policy) -> BoundPolicy:
-    """Fit a policy to a model: its depth, its special tokens, and whether it has Matryoshka weights.
+    """Fit a policy to a model: its depth, its special tokens, and whether it has Matryoshka weights and a lens.
 
     Raises:
         PolicyError: the policy asks for what the model does not have.
     """
-    config, ids = model.config, model.tokenizer.special_ids if model.tokenizer else []
-    own = (*config.eos_token_ids, config.bos_token_id, config.pad_token_id)
-    special = {*ids, *(token for token in own if token is not None)}
-    return bind(policy, config, planes=has_planes(model.network), special_ids=sorted(special))
+    network = model.network
+    return bind(
+        policy,
+        model.config,
+        planes=has_planes(network),
+        lens=network.shortcuts is not None,
+        special_ids=model.special_ids,
+    )
 
 
 def _as_batch(prompts: Any) -> list[Any]:

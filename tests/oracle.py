@@ -159,6 +159,9 @@ class Decoder:
             after = [self._pass(lower, layer, token).after for token in resting]
             for token, state in zip(resting, after, strict=True):
                 token.state = state
+        if rule == "affine":
+            for token in resting:
+                token.state = network.shortcut(layer, token.state)
         for token, seen in zip(going, passes, strict=True):
             token.state = seen.after
         return passes
@@ -226,6 +229,8 @@ class Decoder:
                     k, v = network.kv(layer, token.state, place)
                     zero = policy.kv_rule == "zero"
                     self._leave(layer, token, *((np.zeros_like(k), np.zeros_like(v)) if zero else (k, v)))
+                if policy.kv_rule == "affine":
+                    token.state = network.shortcut(layer, token.state)
                 continue
             self._leave(layer, token, *network.kv(layer, token.state, place))
             seen = self._pass(network, layer, token)

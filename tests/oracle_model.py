@@ -61,6 +61,10 @@ class Network:
         inner = self._activate(up) if self._gpt2 else self._activate(self._linear(f"{at}.gate", x)) * up
         return self._linear(f"{at}.down", inner)
 
+    def shortcut(self, layer: int, state: np.ndarray) -> np.ndarray:
+        """The lens's stand-in for a layer; there is none for the first."""
+        return self._linear(f"shortcuts.{layer - 1}", state)
+
     def logits(self, state: np.ndarray) -> np.ndarray:
         kernel = self.arrays.get("lm_head.kernel", self.arrays["embedding.table"])
         return (kernel @ self._norm("output_norm", state))[: self.config.vocab_size]

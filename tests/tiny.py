@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from qs_jax.lens import Lens, with_lens
 from qs_jax.loading import Model
 from qs_jax.matryoshka.rounding import round_to_nearest
 from qs_jax.models import arrays_by_path, forward, network_from_arrays, parse_config, random_network
@@ -77,6 +78,13 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 @cache
 def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(character_tokenizer())
+
+
+def with_random_lens(model: Model) -> Model:
+    """The model with a lens that changes states visibly: it proves plumbing, not quality."""
+    rng, layers, hidden = np.random.default_rng(3), model.config.num_hidden_layers - 1, model.config.hidden_size
+    kernels, biases = rng.normal(0, 0.05, (layers, hidden, hidden)), rng.normal(0, 0.05, (layers, hidden))
+    return replace(model, network=with_lens(model.network, Lens(kernels, biases)), name=f"{model.name} with a lens")
 
 
 def quantised(model: Model) -> Model:

@@ -100,6 +100,16 @@ class Structure:
         return self.kv_rule == "shallow" and not (self.precision is not None and layer in self.precision.pinned)
 
     @property
+    def projects_resting(self) -> bool:
+        """Whether halted tokens leave keys and values projected from a state of their own."""
+        return self.kv_rule in ("frozen", "affine")
+
+    @property
+    def carries_resting(self) -> bool:
+        """Whether the lens carries halted tokens on through the layers they skip."""
+        return self.kv_rule == "affine"
+
+    @property
     def adapts_bits(self) -> bool:
         """Whether rows may read weights at different precisions while decoding."""
         return self.precision is not None or (self.decode is not None and self.kv_rule == "shallow")
@@ -145,7 +155,9 @@ class BoundPolicy:
         return structure.prompt is structure.decode is structure.fusion is structure.precision is None
 
 
-def bind(policy: Policy, config: ModelConfig, *, planes: bool, special_ids: Sequence[int] = ()) -> BoundPolicy:
+def bind(
+    policy: Policy, config: ModelConfig, *, planes: bool, lens: bool = False, special_ids: Sequence[int] = ()
+) -> BoundPolicy:
     """Fit a policy to a model.
 
     Args:
@@ -153,16 +165,19 @@ def bind(policy: Policy, config: ModelConfig, *, planes: bool, special_ids: Sequ
         config: the model's configuration.
         planes: whether the model's weights are Matryoshka codes. Without them `precision` is left out, since there is
             nothing to read at fewer bits.
+        lens: whether the model has an affine lens.
         special_ids: ids of the model's special tokens.
 
     Raises:
-        PolicyError: layers beyond the model's depth, a number of thresholds that is not the number of layers, or
-            `shallow` without Matryoshka weights.
+        PolicyError: layers beyond the model's depth, a number of thresholds that is not the number of layers,
+            `shallow` without Matryoshka weights, or `affine` without a lens.
     """
     depth = config.num_hidden_layers
     halts = policy.prompt_halting is not None or policy.decode_halting is not None
     if policy.kv_rule == "shallow" and halts and not planes:
         raise PolicyError("kv_rule shallow needs Matryoshka weights; convert with --quantize matryoshka")
+    if policy.kv_rule == "affine" and halts and not lens:
+        raise PolicyError("kv_rule affine needs a lens; fit one with qs-jax lens")
     if not planes:
         policy = replace(policy, precision=None)
     ids = sorted(set(special_ids)) if policy.protect_special else []

@@ -57,6 +57,8 @@ class Costs:
     vocab_size: int
     head_flops: int
     head_bytes: int
+    shortcut_flops: int
+    shortcut_bytes: int
     slot_bytes: int
     weight_bits: int
     planes: bool
@@ -79,6 +81,8 @@ class Costs:
             vocab_size=config.vocab_size,
             head_flops=2 * head.size,
             head_bytes=head.nbytes,
+            shortcut_flops=_flops(model.shortcuts[0]) if model.shortcuts else 0,
+            shortcut_bytes=plane_bytes(model.shortcuts[0], FULL) if model.shortcuts else 0,
             slot_bytes=2 * config.num_key_value_heads * config.head_dim * itemsize,
             weight_bits=8 * itemsize,
             planes=has_planes(model),
@@ -175,11 +179,16 @@ class Ledger:
         for number in range(part.start, part.stop):
             layer = self.costs.layers[number]
             whole = layer.flops + self.costs.attention_flops_per_slot * seen
-            resting = {"shallow": whole, "frozen": layer.kv_flops}.get(self.structure.kv_rule, 0)
-            flops += part.rows * (part.tokens * whole + part.resting * resting)
+            resting = layer.kv_flops if self.structure.projects_resting else 0
+            if self.structure.kv_rule == "shallow":
+                resting = whole
             read += layer.bytes[self.bits]
             if part.resting and self.structure.demotes(number):
                 read += layer.bytes[self.structure.shallow_bits]
+            if part.resting and self.structure.carries_resting and number + 1 < len(self.costs.layers):
+                resting += self.costs.shortcut_flops
+                read += self.costs.shortcut_bytes
+            flops += part.rows * (part.tokens * whole + part.resting * resting)
         return flops, read
 
     def _count_verdict(self, part: StagePass) -> None:
@@ -239,11 +248,15 @@ class Ledger:
         self, work: Work, step: int, index: int, rows: int, layers: Iterable[int], slots: Sequence[int]
     ) -> None:
         ran = int(work.rows_run[step, index])
-        rests = ran < rows and self.structure.kv_rule == "frozen"
+        rests = ran < rows and self.structure.projects_resting
         for number in layers:
             layer = self.costs.layers[number]
             whole = layer.flops + self.costs.attention_flops_per_slot * (slots[number] + 1)
             self.run.flops += ran * whole + rests * rows * layer.kv_flops
+            if self.structure.decode and self.structure.carries_resting and index > 0 and (rests or rows > 1):
+                carried = rests * rows + (ran if rows > 1 else 0)
+                self.run.flops += carried * self.costs.shortcut_flops
+                self.run.weight_bytes += self.costs.shortcut_bytes
             if ran:
                 self.run.weight_bytes += self._read(layer.bytes, number, work.run_bits[step, index])
             if rests:

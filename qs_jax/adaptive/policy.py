@@ -20,7 +20,7 @@ from qs_jax.files import write_whole
 Signal = Literal[
     "relative_drift", "direction_drift", "raw_drift", "attention_update", "entropy", "previous_entropy", "random"
 ]
-KvRule = Literal["zero", "drop", "frozen", "shallow"]
+KvRule = Literal["zero", "drop", "frozen", "affine", "shallow"]
 Distance = Literal["cosine", "l2"]
 PositionRule = Literal["last", "mean", "first"]
 BitsSignal = Literal["previous_entropy", "entropy", "random"]
@@ -155,8 +155,10 @@ class Policy:
         name: for reports.
         prompt_halting, decode_halting: dynamic token halting, for prompt tokens and for generated ones.
         kv_rule: what deeper layers see of a halted token: `zero` a key and value of zeros (the paper, literally),
-            `drop` nothing, `frozen` keys and values projected from its last state, `shallow` its remaining layers
-            run at `shallow_bits` of the same weights (halting becomes a rung of the precision ladder, not a stop).
+            `drop` nothing, `frozen` keys and values projected from its last state, `affine` the same from a state
+            that the model's lens (`qs_jax.lens`) carries on through every layer the token skips, `shallow` its
+            remaining layers run at `shallow_bits` of the same weights (halting becomes a rung of the precision
+            ladder, not a stop).
         fusion: contextual token fusion, of prompt tokens.
         precision: adaptive Matryoshka quantization, of generated tokens.
         probe: how intermediate entropies are taken.

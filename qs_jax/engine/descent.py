@@ -108,7 +108,7 @@ def descend(model: CausalLM, cache: Cache, context: Context, structure: Structur
     written: list[Written] = []
     work: list[Work] = []
     for start, stop in structure.segments:
-        rows, ran, new, cost = _segment(model.blocks[start:stop], cache[start:stop], rows, context, structure, start)
+        rows, ran, new, cost = _segment(model, cache[start:stop], rows, context, structure, start)
         written += new
         if stop < structure.num_layers:
             rows, probed = _decide(model, rows, ran, context, structure, thresholds, stop)
@@ -130,7 +130,7 @@ def _first_bits(context: Context, structure: Structure, thresholds: Thresholds) 
 
 
 def _segment(
-    blocks: Sequence[Block],
+    model: CausalLM,
     layers: Sequence[LayerCache],
     rows: Rows,
     context: Context,
@@ -141,14 +141,16 @@ def _segment(
     shallow = structure.kv_rule == "shallow"
     active = ~context.idle if shallow else ~context.idle & ~rows.halted
     bits = jnp.where(rows.halted, jnp.minimum(rows.bits, structure.shallow_bits), rows.bits) if shallow else rows.bits
-    per_layer = tuple(_bits_of(layer, bits, rows.halted, structure) for layer in range(start, start + len(blocks)))
+    numbers = range(start, start + len(layers))
+    per_layer = tuple(_bits_of(layer, bits, rows.halted, structure) for layer in numbers)
     given = _Input(rows.hidden_states, context.positions, active, tuple(layers), per_layer)
-    run = partial(_run, blocks, halting=structure.decode is not None and not shallow)
     batch = active.shape[0]
+    mixed = structure.decode is not None and not shallow and start > 0 and batch > 1
+    run = partial(_run, model, numbers, structure=structure, mixed=mixed)
     if structure.decode is None or start == 0 or shallow:
         ran, rows_run = run(given), jnp.int32(batch)
     else:
-        rest = partial(_rest, blocks, structure=structure)
+        rest = partial(_rest, model, numbers, structure=structure)
         sizes = [0, batch // 2, batch] if batch >= _FEWEST_ROWS_TO_GATHER else [0, batch]
         branches = [rest, *(partial(_run_gathered, run, rest, size) for size in sizes[1:-1]), run]
         branch = (active.sum(dtype=jnp.int32) > jnp.asarray(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
@@ -157,13 +159,13 @@ def _segment(
     read = sum((jnp.full((batch,), FULL, jnp.int32) if b is None else b for b in per_layer), jnp.zeros_like(bits))
     rows = rows._replace(
         hidden_states=ran.hidden_states,
-        layers_run=rows.layers_run + jnp.where(active, len(blocks), 0).astype(jnp.int32),
+        layers_run=rows.layers_run + jnp.where(active, len(numbers), 0).astype(jnp.int32),
         bits_read=rows.bits_read + jnp.where(active, read, 0),
     )
     resting = ~context.idle & ~active
     written = [_written(k, v, context.idle, resting, structure) for k, v in ran.kv]
     idle = jnp.zeros_like(resting)
-    rests = resting if structure.kv_rule == "frozen" else idle
+    rests = resting if structure.projects_resting else idle
     work = Work(rows_run, precisions_in_use(bits, active), precisions_in_use(bits, rests), jnp.int32(0))
     return rows, ran, written, work
 
@@ -181,29 +183,35 @@ def _read_at(block: Block, bits: Bits | None) -> Block:
     return block if bits is None else at_bits(block, bits)
 
 
-def _run(blocks: Sequence[Block], given: _Input, *, halting: bool) -> _Ran:
-    """All layers of a segment for the whole batch; inactive rows keep their state and still give keys and values."""
+def _run(model: CausalLM, numbers: Sequence[int], given: _Input, *, structure: Structure, mixed: bool) -> _Ran:
+    """All layers of a segment for the whole batch, `mixed` if some of its rows may be inactive: they only rest."""
     hidden_states = last_input = given.hidden_states
     kv, update = [], jnp.zeros_like(hidden_states)
-    for block, layer, bits in zip(blocks, given.layers, given.bits, strict=True):
-        last_input = hidden_states
-        hidden_states, k, v, update = _read_at(block, bits).run(hidden_states, given.positions, (segment(layer),))
-        if halting:
-            hidden_states = jnp.where(given.active[:, None, None], hidden_states, last_input)
+    for number, layer, bits in zip(numbers, given.layers, given.bits, strict=True):
+        last_input, block = hidden_states, _read_at(model.blocks[number], bits)
+        hidden_states, k, v, update = block.run(last_input, given.positions, (segment(layer),))
+        if mixed:
+            rested = _carried(model, number, last_input, structure)
+            hidden_states = jnp.where(given.active[:, None, None], hidden_states, rested)
         kv.append((k, v))
     return _Ran(hidden_states, last_input, update, tuple(kv))
 
 
-def _rest(blocks: Sequence[Block], given: _Input, *, structure: Structure) -> _Ran:
-    """What is left to do where no row runs: keys and values from the frozen states, or nothing."""
+def _carried(model: CausalLM, number: int, hidden_states: Hidden, structure: Structure) -> Hidden:
+    """The states of resting rows after a layer."""
+    return model.shortcut(number, hidden_states) if structure.carries_resting else hidden_states
+
+
+def _rest(model: CausalLM, numbers: Sequence[int], given: _Input, *, structure: Structure) -> _Ran:
+    """What is left to do where no row runs: keys and values from the rows' own states, or nothing."""
     hidden_states = given.hidden_states
-    if structure.kv_rule == "frozen":
-        read = [_read_at(block, bits) for block, bits in zip(blocks, given.bits, strict=True)]
-        kv = [block.kv(hidden_states, given.positions) for block in read]
-    else:
-        batch, kv_heads, _, head_dim = given.layers[0].keys.shape
-        empty = jnp.zeros((batch, 1, kv_heads, head_dim), hidden_states.dtype)
-        kv = [(empty, empty) for _ in blocks]
+    batch, kv_heads, _, head_dim = given.layers[0].keys.shape
+    empty = jnp.zeros((batch, 1, kv_heads, head_dim), hidden_states.dtype)
+    kv: list[tuple[Heads, Heads]] = []
+    for number, bits in zip(numbers, given.bits, strict=True):
+        block = _read_at(model.blocks[number], bits)
+        kv.append(block.kv(hidden_states, given.positions) if structure.projects_resting else (empty, empty))
+        hidden_states = _carried(model, number, hidden_states, structure)
     return _Ran(hidden_states, hidden_states, jnp.zeros_like(hidden_states), tuple(kv))
 
 

@@ -100,7 +100,10 @@ def run_stage(
     last = _Last(active.hidden_states, active.hidden_states, active.hidden_states)
     for number, layer in enumerate(cache, start):
         parts = _parts(model.blocks[number], number, structure)
-        active, resting, layer, last = _layer(parts, layer, active, resting, structure, fresh=fresh)
+        active, after, layer, last = _layer(parts, layer, active, resting, structure, fresh=fresh)
+        if resting is not None and structure.carries_resting and number + 1 < structure.num_layers:
+            after = resting._replace(hidden_states=model.shortcut(number, resting.hidden_states))
+        resting = after
         layers.append(layer)
     if stop == structure.num_layers:
         return active, resting, tuple(layers), None

@@ -29,13 +29,14 @@ MAIN_BUDGET = 0.2
 def switched(policy: Policy, on: Sequence[str]) -> Policy:
     """The policy with only these mechanisms acting. Thresholds of the others are neutral, so that all combinations
     share the compiled programs of two K/V rules; the cost of signals that nobody needs is counted all the same."""
-    rule = policy.kv_rule if policy.kv_rule in ("drop", "zero") else "drop"
+    skips = policy.kv_rule in ("drop", "zero")
+    rule, kept = (policy.kv_rule, "frozen") if skips else ("drop", policy.kv_rule)
     return replace(
         policy,
         name=" + ".join(on) or "none",
         prompt_halting=_kept(policy.prompt_halting, "halting" in on),
         decode_halting=_kept(policy.decode_halting, "halting" in on),
-        kv_rule=rule if "kv_skipping" in on and "halting" in on else "frozen",
+        kv_rule=rule if "kv_skipping" in on and "halting" in on else kept,
         fusion=_kept(policy.fusion, "fusion" in on),
         precision=policy.precision
         if "precision" in on or policy.precision is None
@@ -88,7 +89,8 @@ def ablate(
             kinds[policy.name] = ("ablation", policy)
     for one in calibrated:
         kinds[one.policy.name] = ("calibrated", one.searched)
-    for policy in (*uniform_stops(space, len(windows[0].prompt)), *fixed_depths(space, len(windows[0].prompt))):
+    prefix, lens = len(windows[0].prompt), model.network.shortcuts is not None
+    for policy in (*uniform_stops(space, prefix, lens=lens), *fixed_depths(space, prefix)):
         kinds[policy.name] = ("baseline", policy)
     scores = _scores(model, windows, {name: policy for name, (_, policy) in kinds.items()}, plan, advance)
     best = next((one.searched for one in calibrated if one.goal.budget == MAIN_BUDGET and one.policy.mechanisms), None)

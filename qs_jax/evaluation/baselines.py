@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from qs_jax.adaptive.policy import Halting, Policy
+from qs_jax.adaptive.policy import Halting, KvRule, Policy
 from qs_jax.evaluation.candidates import Space
 from qs_jax.evaluation.observation import observe
 from qs_jax.evaluation.scoring import Scores
@@ -16,13 +16,20 @@ from qs_jax.evaluation.windows import Window
 from qs_jax.loading import Model
 
 
-def uniform_stops(space: Space, prefix: int) -> list[Policy]:
-    """All of the prompt stops after the same layer."""
+def uniform_stops(space: Space, prefix: int, *, lens: bool = False) -> list[Policy]:
+    """All of the prompt stops after the same layer: with frozen keys and values, and with those of the lens."""
     if prefix <= 1:
         return []
     neutral = space.neutral(prefix)
+    rules: dict[KvRule, str] = {"frozen": "", **({"affine": ", lens"} if lens else {})}
     return [
-        replace(neutral, name=f"prompt stops after {layer}", prompt_halting=_all_at(neutral.prompt_halting, layer))
+        replace(
+            neutral,
+            name=f"prompt stops after {layer}{suffix}",
+            prompt_halting=_all_at(neutral.prompt_halting, layer),
+            kv_rule=rule,
+        )
+        for rule, suffix in rules.items()
         for layer in reversed(space.prompt_layers)
     ]
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from scipy import stats
 
-from qs_jax.adaptive.policy import Policy
+from qs_jax.adaptive.policy import KvRule, Policy
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.candidates import (
     BITS_SHARES,
@@ -63,13 +63,16 @@ class Goal:
 @dataclass(frozen=True)
 class Calibrated:
     """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order.
-    `searched` is the same policy as the search ran it, idle mechanisms included: programs for it are compiled."""
+    `searched` is the same policy as the search ran it, idle mechanisms included: programs for it are compiled.
+    `uniform` is the best stop of the whole prompt, frozen keys and values, and `uniform_with_lens` with those of the
+    lens."""
 
     policy: Policy
     searched: Policy
     goal: Goal
     tested: list[dict[str, Any]]
     uniform: dict[str, Any] | None
+    uniform_with_lens: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         chosen = [row for row in self.tested if row["accepted"]]
@@ -79,6 +82,7 @@ class Calibrated:
             "confidence": self.goal.confidence,
             "chosen": chosen[-1] if chosen else None,
             "best_uniform_stop": self.uniform,
+            "best_uniform_stop_with_lens": self.uniform_with_lens,
             "tested": self.tested,
         }
 
@@ -94,12 +98,12 @@ def calibrate(bench: Bench, space: Space, observed: Observed, prefix: int, goals
         goals: budgets.
 
     The search tries uniform stops of the prompt, per-token choices around the best of them, fusion, halting of
-    generated tokens and fewer bits, each alone, then the combinations that should be best if increases add up. The
-    test then follows `qs_jax.evaluation.risk`.
+    generated tokens and fewer bits, each alone, then the combinations that should be best if increases add up; and
+    the uniform stops with frozen keys and values, where the space has another rule. The test then follows
+    `qs_jax.evaluation.risk`.
     """
     pool = search(bench, space, observed, prefix, [goal.budget for goal in goals])
-    stops = _uniform_stops(space, observed, prefix)
-    return [_choose(bench, pool, stops, goal) for goal in goals]
+    return [_choose(bench, pool, space, observed, prefix, goal) for goal in goals]
 
 
 def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets: Sequence[float]) -> list[Policy]:
@@ -115,8 +119,9 @@ def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets:
     parts.append(decode)
     if neutral.precision:
         parts.append(_until(bench, [lower_bits(neutral, observed, share) for share in BITS_SHARES], most))
-    combinations = _combinations(bench, neutral, parts, budgets)
-    return [policy for part in parts for policy in part] + combinations
+    found = [policy for part in parts for policy in part] + _combinations(bench, neutral, parts, budgets)
+    frozen = _uniform_stops(replace(space, kv_rule="frozen"), observed, prefix)
+    return found + [policy for policy in _until(bench, frozen, most) if policy not in found]
 
 
 def _uniform_stops(space: Space, observed: Observed, prefix: int) -> list[Policy]:
@@ -180,19 +185,26 @@ def _combinations(
     return found
 
 
-def _choose(bench: Bench, pool: Sequence[Policy], stops: Sequence[Policy], goal: Goal) -> Calibrated:
+def _choose(
+    bench: Bench, pool: Sequence[Policy], space: Space, observed: Observed, prefix: int, goal: Goal
+) -> Calibrated:
     """Test the search's best in order, and the uniform stops beside them."""
+
+    def best_stop(rule: KvRule) -> dict[str, Any] | None:
+        known = [p for p in _uniform_stops(replace(space, kv_rule=rule), observed, prefix) if p in pool]
+        trusted = _tested(bench, known, goal)[1]
+        return _row(bench, trusted[-1], goal, True) if trusted else None
+
     path, trusted = _tested(bench, pool, goal)
     rows = [_row(bench, policy, goal, policy in trusted) for policy in path[: len(trusted) + 1]]
-    known = [policy for policy in stops if policy in pool]
-    uniform = _tested(bench, known, goal)[1]
     name = f"calibrated +{goal.budget:g}"
     return Calibrated(
         policy=stripped(trusted[-1], name) if trusted else Policy(name=name),
         searched=replace(trusted[-1] if trusted else Policy.off(), name=name),
         goal=goal,
         tested=rows,
-        uniform=_row(bench, uniform[-1], goal, True) if uniform else None,
+        uniform=best_stop("frozen"),
+        uniform_with_lens=best_stop("affine") if space.kv_rule == "affine" else None,
     )
 
 

@@ -35,9 +35,9 @@ class Space:
 
     @classmethod
     def of(cls, depth: int, *, planes: bool, signal: Signal = "relative_drift", kv_rule: KvRule = "frozen") -> "Space":
-        """Every layer of a shallow model, every other one of a deep one, from a quarter of the depth on."""
+        """Every layer of a shallow model, every other one of a deep one, from an eighth of the depth on."""
         step = 1 if depth <= 8 else 2
-        prompt = tuple(sorted(range(depth - 1, max(1, depth // 4) - 1, -step)))
+        prompt = tuple(sorted(range(depth - 1, max(1, depth // 8) - 1, -step)))
         decode = tuple(sorted({max(1, depth - 1), max(1, depth - 1 - step)}))
         return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes)
 

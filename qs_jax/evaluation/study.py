@@ -26,11 +26,12 @@ def calibrate_model(
     goals: Sequence[Goal],
     *,
     signal: Any = "relative_drift",
-    kv_rule: Any = "frozen",
+    kv_rule: Any = None,
     target: Path | None = None,
     advance: Advance = lambda n=1: None,
 ) -> list[Calibrated]:
-    """The best policy of a model for each goal, on windows of calibration text.
+    """The best policy of a model for each goal, on windows of calibration text. Without a `kv_rule` halted tokens
+    follow the model's lens, if it has one, and are frozen if not.
 
     What was measured is kept in a hidden file beside `target` until the end, so that an interrupted calibration goes on
     where it was.
@@ -40,6 +41,7 @@ def calibrate_model(
     """
     file = target.with_name(f".{target.name}.progress") if target else None
     bench = Measurements(model, windows, plan.batch, file, advance)
+    kv_rule = kv_rule or ("affine" if model.network.shortcuts is not None else "frozen")
     space = Space.of(model.config.num_hidden_layers, planes=bench.planes, signal=signal, kv_rule=kv_rule)
     prefix = len(windows[0].prompt)
     found = calibrate(bench, space, observe_for(model, bench.parts["search"], space), prefix, goals)

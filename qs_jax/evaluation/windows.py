@@ -1,9 +1,10 @@
 """Text cut into equal windows: an unscored prefix and the scored tokens that follow it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Int
 
 from qs_jax.errors import EvaluationError, TokenizerError
 from qs_jax.loading import Model
@@ -86,6 +87,17 @@ def cut(model: Model, documents: Sequence[str], plan: Plan) -> list[Window]:
             )
         )
     return windows
+
+
+def whole(model: Model, documents: Sequence[str], max_tokens: int) -> Int[np.ndarray, "windows tokens"]:
+    """Token ids of windows of the default size, prefix and all, `max_tokens` of them at most.
+
+    Raises: as `cut`.
+    """
+    plan = Plan(batch=1)
+    size = _default_prefix(model.config.max_position_embeddings - plan.window) + plan.window
+    windows = cut(model, documents, replace(plan, max_tokens=max(1, max_tokens // size) * plan.window))
+    return np.asarray([window.prompt + window.scored for window in windows], np.int32)
 
 
 def _default_prefix(room: int) -> int:

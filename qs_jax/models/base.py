@@ -81,9 +81,13 @@ class Block(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A decoder: `embed`, `blocks`, `head`. A pytree of its weights; nothing in it ever mutates."""
+    """A decoder: `embed`, `blocks`, `head`. A pytree of its weights; nothing in it ever mutates.
+
+    `shortcuts`, if it has them, stand in for layers 1, 2, … where a token skips them: see `qs_jax.lens`.
+    """
 
     blocks: nnx.List[Block]
+    shortcuts: "nnx.List[Linear] | None"
     embedding: Embedding
     lm_head: Linear | None
 
@@ -91,6 +95,7 @@ class CausalLM(nnx.Module):
         self.config = config
         hidden, vocab = config.hidden_size, config.padded_vocab_size
         tied = config.tie_word_embeddings
+        self.shortcuts = nnx.data(None)
         self.embedding = Embedding(vocab, hidden, dtype=dtype, rngs=rngs)
         self.lm_head = None if tied else Linear(hidden, vocab, bias=False, dtype=dtype, rngs=rngs)
 
@@ -106,6 +111,11 @@ class CausalLM(nnx.Module):
         """Next-token logits in float32."""
         logits = project(self.final_norm(hidden_states), self.head_kernel)
         return logits[..., : self.config.vocab_size].astype(jnp.float32)
+
+    def shortcut(self, layer: int, hidden_states: Hidden) -> Hidden:
+        """About what would leave a layer that enters here, without running it."""
+        assert self.shortcuts is not None
+        return self.shortcuts[layer - 1](hidden_states)
 
     @property
     def head_kernel(self) -> Kernel:

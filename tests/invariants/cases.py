@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision, Probe
 from qs_jax.loading import Model
 from tests.invariants.running import imagine
-from tests.tiny import quantised, tiny_model
+from tests.tiny import quantised, tiny_model, with_random_lens
 
 LAYERS = 4
 PROMPT_LAYERS = (2, 3)
@@ -49,7 +49,7 @@ class Case:
 
 @cache
 def _model(network: str, *, planes: bool) -> Model:
-    model = tiny_model(network, LAYERS)
+    model = with_random_lens(tiny_model(network, LAYERS))
     return quantised(model) if planes else model
 
 
@@ -124,6 +124,20 @@ LLAMA_ZERO = Case(
     ),
 )
 
+GPT2_AFFINE = Case(
+    "gpt2",
+    _policy("affine", Halting("relative_drift"), Halting("entropy"), Fusion("cosine"), kv_rule="affine"),
+)
+LLAMA_AFFINE = Case(
+    "llama",
+    _policy(
+        "affine",
+        Halting("attention_update"),
+        Halting("relative_drift", entropy_below=_GATED, entropy_source="previous_entropy"),
+        Fusion("l2", size_bias=True),
+        kv_rule="affine",
+    ),
+)
 GPT2_SHALLOW = Case(
     "gpt2",
     _policy(
@@ -149,8 +163,8 @@ LLAMA_LADDER = Case(
     planes=True,
 )
 
-QUICK = (GPT2_FROZEN, GPT2_ZERO, LLAMA_FROZEN, LLAMA_DROP)
-THE_REST = (GPT2_DROP, LLAMA_ZERO, GPT2_SHALLOW, LLAMA_LADDER)
+QUICK = (GPT2_FROZEN, GPT2_ZERO, LLAMA_DROP, LLAMA_AFFINE)
+THE_REST = (GPT2_DROP, LLAMA_FROZEN, GPT2_AFFINE, LLAMA_ZERO, GPT2_SHALLOW, LLAMA_LADDER)
 
 
 def on(network: str) -> pytest.MarkDecorator:
@@ -252,7 +266,7 @@ def any_case() -> st.SearchStrategy[Case]:
         name=st.just("any"),
         prompt_halting=st.none() | prompt,
         decode_halting=st.none() | decode,
-        kv_rule=st.sampled_from(("zero", "drop", "frozen")),
+        kv_rule=st.sampled_from(("zero", "drop", "frozen", "affine")),
         fusion=st.none() | fusion,
         probe=st.builds(Probe, st.sampled_from((0, 40))),
         protect_first=st.integers(0, 4),

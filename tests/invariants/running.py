@@ -76,7 +76,7 @@ def request(
         settings=SamplingSettings(jnp.float32(1.0), jnp.int32(0), jnp.float32(1.0), jnp.float32(0.0), jnp.float32(1.0)),
         plan=SamplingPlan(),
         chunk_size=chunk_size,
-        policy=bind(policy, model.config, planes=has_planes(model.network), special_ids=SPECIAL_IDS),
+        policy=bind(policy, model.config, planes=has_planes(model.network), lens=True, special_ids=SPECIAL_IDS),
         forced=forced,
     )
 

@@ -28,7 +28,9 @@ def prompt_flops(case: Case, costs: Costs, engine: Run, places: int) -> int:
     for number, layer in enumerate(costs.layers):
         resting = places if (halted <= number).any() and case.policy.kv_rule != "drop" else 0
         total += places * (layer.flops + costs.attention_flops_per_slot * (places + resting))
-        total += resting * layer.kv_flops if case.policy.kv_rule == "frozen" else 0
+        total += resting * (layer.kv_flops if case.policy.kv_rule in ("frozen", "affine") else 0)
+        if case.policy.kv_rule == "affine" and number + 1 < LAYERS:
+            total += resting * 2 * case.model.config.hidden_size**2
     per_verdict = signal_flops(case, prompt) + 8 * case.model.config.hidden_size
     return total + len(PROMPT_LAYERS) * places * per_verdict
 
@@ -39,7 +41,8 @@ def step_flops(case: Case, costs: Costs, ran: int, capacity: int) -> int:
     assert decode is not None
     total = costs.head_flops + ("previous_entropy" in decode.sources) * 6 * config.vocab_size
     for number, layer in enumerate(costs.layers):
-        rests = layer.kv_flops if case.policy.kv_rule == "frozen" else 0
+        rests = layer.kv_flops if case.policy.kv_rule in ("frozen", "affine") else 0
+        rests += 2 * case.model.config.hidden_size**2 if case.policy.kv_rule == "affine" else 0
         total += layer.flops + costs.attention_flops_per_slot * (capacity + 1) if number < ran else rests
     return total + sum(signal_flops(case, decode, lens=after <= ran) for after in DECODE_LAYERS)
 

@@ -41,7 +41,7 @@ policies = st.builds(
     name=st.text(),
     prompt_halting=st.none() | halting(SIGNALS),
     decode_halting=st.none() | halting((*SIGNALS, "previous_entropy")),
-    kv_rule=st.sampled_from(("zero", "drop", "frozen", "shallow")),
+    kv_rule=st.sampled_from(("zero", "drop", "frozen", "affine", "shallow")),
     shallow_bits=st.sampled_from((2, 4, 8)),
     fusion=st.none()
     | st.builds(
