@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float
 
 from benchmarks.harness import RESULTS, interleaved, median_ratio, summary, write_result
 from benchmarks.shapes import SHAPES, nested_model, random_model
-from benchmarks.speed import our_generate, random_prompts
+from benchmarks.speed import our_generate, same_prompts
 from qs_jax.evaluation.benchmark import benchmark
 from qs_jax.loading import Model
 from qs_jax.models import CausalLM
@@ -70,7 +70,7 @@ def prefill(model: Model, smoke: bool) -> dict[str, Any]:
     sides = {"dense": our_generate(model), "balanced": our_generate(model, policy="balanced")}
     result = {}
     for tokens in (64,) if smoke else (1024, 4096):
-        prompts = random_prompts(model, 1, tokens)
+        prompts = same_prompts(model, 1, tokens)
         calls = {name: partial(side, prompts, 1) for name, side in sides.items()}
         seconds = interleaved(calls, 2 if smoke else 7)
         speedup = median_ratio(seconds["dense"], seconds["balanced"])

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.harness import interleaved, summary, write_result
 from benchmarks.shapes import SHAPES, random_model
-from benchmarks.speed import random_prompts
+from benchmarks.speed import same_prompts
 from qs_jax.generation import generate, stream
 
 CHUNKS = {"generate": 32, "stream": 8}
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     layers, rounds = (2, 2) if arguments.quick else (12, 7)
     model = random_model({**SHAPES["gpt2-124m"], "n_layer": layers}, "GPT-2 124M")
-    prompts = random_prompts(model, 1, 32)
+    prompts = same_prompts(model, 1, 32)
     calls: dict[str, Callable[..., Any]] = {
         "generate": lambda n: generate(model, prompts, max_new_tokens=n, eos_token_id=[]),
         "stream": lambda n: list(stream(model, prompts, max_new_tokens=n, eos_token_id=[])),

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, environment, write_result
 from benchmarks.shapes import SHAPES, nested_model, random_model
-from benchmarks.speed import OURS, compared, our_generate, random_prompts, seconds_per_step
+from benchmarks.speed import OURS, compared, our_generate, same_prompts, seconds_per_step
 from qs_jax.console import reporting_errors
 from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.linear import is_nested, plane_bytes, weights
@@ -34,7 +34,7 @@ def row(name: str, steps: int, rounds: int) -> dict[str, Any]:
     model = random_model(MODELS[name], name)
     nested = nested_model(model)
     sides = {OURS: our_generate(model)} | {f"{bits} bits": our_generate(nested, bits=bits) for bits in BITS}
-    seconds = seconds_per_step(sides, random_prompts(model, 1, PROMPT_TOKENS), steps, rounds)
+    seconds = seconds_per_step(sides, same_prompts(model, 1, PROMPT_TOKENS), steps, rounds)
     block = nested.network.blocks[0]
     scales = sum(k.scales.nbytes // 3 + k.offsets.nbytes // 3 for k in weights(block) if is_nested(k))
     dense = sum(leaf.nbytes for leaf in weights(block) if not is_nested(leaf))

@@ -1,13 +1,15 @@
-"""Decoding and prefill of one model against what a user would run instead, on the same weights, in one run.
+"""Decoding, prefill and whole requests of one model against what a user would run instead, in one run.
 
     python -m benchmarks.speed decode --model gpt2-124m --batch 1 2     # adds to results/speed_gpt2-124m.json
     python -m benchmarks.speed prefill --model gpt2-124m --tokens 128 512 1023
+    python -m benchmarks.speed request --model reference_models/llama --tokens 512 --bits --policy FILE
     python -m benchmarks.speed decode --quick                           # two rounds, nothing written
 
-All sides decode greedily from the same random prompts on all cores, end of text ignored. Time per decode step is
-(time of a long request - time of a one-token request) / steps, so that prefill and fixed costs cancel on every side;
-prefill is a one-token request. Rounds are interleaved, the first warms up, and a ratio is the median of the ratios
-round by round. A call adds its rows to the result file and leaves the others there, each with its own date.
+All sides have the same weights and decode greedily from the same prompts on all cores, end of text ignored; prompts are
+random where weights are, and held-out stories for real models. Time per decode step is (time of a long request - time
+of a one-token request) / steps, so that prefill and fixed costs cancel on every side; prefill is a one-token request, a
+request is prefill and `--steps` new tokens. Rounds are interleaved, the first warms up, and a ratio is the median of the
+ratios round by round. A call adds its rows to the result file and leaves the others there, each with its own date.
 """
 
 import argparse
@@ -23,15 +25,21 @@ import numpy as np
 
 from benchmarks.harness import RESULTS, environment, interleaved, median_ratio, summary, write_result
 from benchmarks.peers import Generate, Prompts, installed_peers, write_hugging_face
+from benchmarks.quality import STORIES
 from benchmarks.shapes import SHAPES, model_named, nested_model
 from qs_jax.adaptive.ledger import Costs
 from qs_jax.console import reporting_errors
 from qs_jax.evaluation.benchmark import bandwidth_probe
+from qs_jax.evaluation.text import read_documents
+from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.generation import generate
 from qs_jax.loading import Model
+from reference_models.data import text_folder
 
 OURS = "qs_jax float32"
 PROMPT_TOKENS = 32
+HELD_OUT = "-100:"
+"""Stories that the reference models were not trained on."""
 _COMPARED_TOKENS = 8
 _PROBE, _PROBES = "bandwidth", 10
 
@@ -50,8 +58,12 @@ def our_sides(model: Model, bits: Sequence[int], policies: Sequence[str]) -> dic
     return sides | {f"qs_jax {policy}": our_generate(model, policy=policy) for policy in policies}
 
 
-def random_prompts(model: Model, batch: int, tokens: int) -> Prompts:
-    """The same prompts for every side and every run."""
+def same_prompts(model: Model, batch: int, tokens: int) -> Prompts:
+    """The same prompts for every side and every run: text for a model that can read it, else random tokens."""
+    if model.tokenizer is not None:
+        documents = read_documents(text_folder() / STORIES, HELD_OUT)
+        windows = cut(model, documents, Plan(prefix=tokens, window=1, max_tokens=batch, batch=batch))
+        return [list(window.prompt) for window in windows]
     return np.random.default_rng(batch).integers(3, model.config.vocab_size, (batch, tokens)).tolist()
 
 
@@ -90,7 +102,7 @@ def agreement(sides: dict[str, Generate], prompts: Prompts) -> dict[str, float]:
 
 def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int, rounds: int) -> dict[str, Any]:
     """One batch size: time per step of every side, and our share of the bandwidth measured in the same rounds."""
-    prompts = random_prompts(model, batch, PROMPT_TOKENS)
+    prompts = same_prompts(model, batch, PROMPT_TOKENS)
     agreed = agreement(sides, prompts)
     probe, size = bandwidth_probe()
     probes = {_PROBE: lambda: [probe() for _ in range(_PROBES)]}
@@ -110,11 +122,12 @@ def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int,
     }
 
 
-def prefill_row(model: Model, sides: dict[str, Generate], tokens: int, rounds: int) -> dict[str, Any]:
-    """One prompt length at batch 1: time to the first new token."""
-    prompts = random_prompts(model, 1, tokens)
-    seconds = interleaved({name: lambda side=side: side(prompts, 1) for name, side in sides.items()}, rounds)
-    return {"tokens": tokens, "rounds": rounds, "sides": compared(seconds), "date": environment()["date"]}
+def request_row(model: Model, sides: dict[str, Generate], tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+    """One prompt length at batch 1: time to the last new token."""
+    prompts = same_prompts(model, 1, tokens)
+    seconds = interleaved({name: lambda side=side: side(prompts, new_tokens) for name, side in sides.items()}, rounds)
+    facts = {"tokens": tokens, "new_tokens": new_tokens, "rounds": rounds}
+    return {**facts, "sides": compared(seconds), "date": environment()["date"]}
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -145,7 +158,7 @@ def table(rows: list[dict[str, Any]], key: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("decode", "prefill"))
+    parser.add_argument("study", choices=("decode", "prefill", "request"))
     parser.add_argument("--model", default="gpt2-124m", help=f"one of {', '.join(SHAPES)}, or a model folder")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
@@ -166,12 +179,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = (arguments.folder or Path(temporary)) / arguments.model
             source = write_hugging_face(model, SHAPES[arguments.model], folder)
             sides |= installed_peers(source, threads, arguments.peers)
+        elif (Path(arguments.model) / "model.safetensors").is_file():
+            sides |= installed_peers(Path(arguments.model), threads, arguments.peers or ["transformers float32"])
         key = "batch" if arguments.study == "decode" else "tokens"
         for value in getattr(arguments, key):
             if arguments.study == "decode":
                 row = decode_row(model, sides, value, steps, rounds)
             else:
-                row = prefill_row(model, sides, value, rounds)
+                new_tokens = 1 if arguments.study == "prefill" else steps
+                row = request_row(model, sides, value, new_tokens, rounds)
             print(table([row], key), flush=True)
             if not arguments.quick:
                 print(add_rows(arguments.model, arguments.study, key, [row]), flush=True)

@@ -38,7 +38,9 @@ def section(result: dict[str, Any]) -> str:
     parts = [
         f"## {result['model']}\n\n{machine['cpu']}, {machine['cores']} cores, float32 unless the side says otherwise.\n"
     ]
-    for study, key, title in (("decode", "batch", "A decode step"), ("prefill", "tokens", "Time to the first token")):
+    titles = {"decode": "A decode step", "prefill": "Time to the first token", "request": "A whole request"}
+    for study, title in titles.items():
+        key = "batch" if study == "decode" else "tokens"
         rows = result.get(study, [])
         if rows:
             parts.append(f"{title}; in brackets, how many times faster qs_jax's float32 is:\n\n{table(rows, key)}\n")

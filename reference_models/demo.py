@@ -29,7 +29,8 @@ PROMPTS = (
     'together." Tom sat down on the soft grass and they opened the box. Inside, they saw',
 )
 SETTINGS = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.4, "top_p": 0.9, "seed": 2}
-WAYS = {"dense": "off", "QuickSilver": "balanced"}
+WAYS = {"dense": "off", "QuickSilver": str(MODEL / "policy.json")}
+"""The shipped policy was calibrated for at most +0.2 perplexity."""
 
 
 def converted(folder: Path, console: Console) -> Model:

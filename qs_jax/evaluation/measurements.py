@@ -114,8 +114,11 @@ class Measurements:
         )
 
     def _taken_of(self) -> str:
-        """A digest of the weights' names, the head's values and all that is scored: what measurements hold for."""
+        """A digest of the weights' names, the head's and the lens's values and all that is scored: what measurements
+        hold for."""
         digest = hashlib.sha256(np.asarray(self.model.network.head_kernel).tobytes())
+        for shortcut in self.model.network.shortcuts or ():
+            digest.update(np.asarray(shortcut.kernel.get_value()).tobytes())
         shapes = [(name, array.shape, str(array.dtype)) for name, array in arrays_by_path(self.model.network).items()]
         text = [(window.prompt, window.scored) for part in self.parts.values() for window in part]
         digest.update(repr((sorted(shapes), self.model.config, self.batch, text)).encode())
