@@ -4,6 +4,7 @@
     python -m benchmarks.quality llama --ship      # the same, and reference_models/llama/policy.json
     python -m benchmarks.quality llama --quick     # a few windows, nothing written
     python -m benchmarks.quality llama --table     # the stored result as Markdown, nothing run
+    python -m benchmarks.quality --report          # the tables of docs/results.md, from the results there are
 
 One run gives all of it: the lens, calibration at four budgets, the 2^4 combinations, the baselines at equal work, the
 oracle, free running, and the policy for +0.2 on further text it was not calibrated on. The lens, calibration and the
@@ -22,9 +23,16 @@ import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.harness import RESULTS, write_result
+from benchmarks.quality_report import table, write_report
+from convert.calibrated import calibrated_quantizer
+from convert.parts import Parts
+from convert.pipeline import convert
+from convert.quantize import QuantizeOptions
+from convert.source import Source
 from qs_jax.adaptive.policy import Policy
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET
 from qs_jax.evaluation.lens import fit_lens
@@ -39,36 +47,59 @@ from reference_models.data import text_folder
 STORIES = "tinystories_train_first1000.json"
 FURTHER_TOKENS = 1024
 LENS_TOKENS = 32768
+PLANES_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model and its texts: (file, documents). Reference models were trained on all stories but the last 100."""
+    """A model and its texts: (file, documents). Reference models were trained on all stories but the last 100.
+
+    With `planes` the weights are first quantised (gptq, on the lens's text), so that precision can adapt as well.
+    """
 
     model: Path
     lens: tuple[str, str]
     calibration: tuple[str, str]
     text: tuple[str, str]
     further: tuple[tuple[str, str], ...] = ()
+    planes: bool = False
 
 
 def studies() -> dict[str, Study]:
     """The models there are; those that do not belong to the repository lie beside the texts."""
     ours, theirs = Path(__file__).parents[1] / "reference_models", text_folder().parent / "models"
     further = (("c4-sample.jsonl", "-100:"), ("wikitext103-test.raw.txt", ":"))
+    stories = (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "600:")
     return {
-        "stories3M": Study(theirs / "stories3M", (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "600:")),
+        "stories3M-planes": Study(theirs / "stories3M", *stories, planes=True),
+        "stories3M": Study(theirs / "stories3M", *stories),
         "babyllama105": Study(theirs / "babyllama105", (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "900:")),
         "gpt2": Study(ours / "gpt2", (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "-100:"), further),
         "llama": Study(ours / "llama", (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "-100:"), further),
     }
 
 
-def run(chosen: Study, plan: Plan, calibration_tokens: int) -> tuple[dict[str, Any], Lens]:
+def quantised(folder: Path, documents: list[str], target: Path) -> Path:
+    """The model converted to Matryoshka codes, fitted on the documents."""
+    parts = Parts(Source(folder))
+    options = QuantizeOptions.of(method="gptq", group_size=64, exclude="^embedding|^lm_head", pin=None, text=True)
+    quantizer = calibrated_quantizer(options, parts, target, documents, name=STORIES, tokens=PLANES_TOKENS)
+    convert(
+        parts, target, dtype="float32", name=folder.name, overwrite=False, advance=lambda: None, quantizer=quantizer
+    )
+    quantizer.done()
+    return target
+
+
+def run(name: str, chosen: Study, plan: Plan, calibration_tokens: int) -> tuple[dict[str, Any], Lens]:
     """The whole study of a model, and the lens it was made with."""
-    model = load(chosen.model)
     parts = {"lens": chosen.lens, "calibration": chosen.calibration, "text": chosen.text}
     documents = {part: read_documents(text_folder() / file, which) for part, (file, which) in parts.items()}
+    with TemporaryDirectory() as temporary:
+        folder = (
+            quantised(chosen.model, documents["lens"], Path(temporary) / "planes") if chosen.planes else chosen.model
+        )
+        model = load(folder)
     fit = fit_lens(model, whole(model, documents["lens"], LENS_TOKENS))
     model = replace(model, network=with_lens(model.network, fit.lens))
     result = study(
@@ -79,7 +110,7 @@ def run(chosen: Study, plan: Plan, calibration_tokens: int) -> tuple[dict[str, A
         ablated=True,
         calibration=(documents["calibration"], calibration_tokens),
         free_runs=8,
-        target=RESULTS / f"quality_{chosen.model.name}.json",
+        target=RESULTS / f"quality_{name}.json",
     )
     policy = Policy.from_json(result["policy"])
     further = {}
@@ -87,40 +118,30 @@ def run(chosen: Study, plan: Plan, calibration_tokens: int) -> tuple[dict[str, A
         less = Plan(plan.prefix, plan.window, min(FURTHER_TOKENS, plan.max_tokens), plan.batch)
         windows = cut(model, read_documents(text_folder() / file, which), less)
         found = evaluate(model, windows, policy, less)
-        further[file] = {**found, "model": chosen.model.name, "samples": [], "logprobs": []}
-    named = {"model": chosen.model.name, "text": chosen.text[0], "lens_explained": fit.explained}
+        further[file] = {**found, "model": name, "samples": [], "logprobs": []}
+    named = {"model": name, "text": chosen.text[0], "lens_explained": fit.explained}
     return {**result, "logprobs": [], **named, "further": further}, fit.lens
-
-
-def table(result: dict[str, Any]) -> str:
-    """The rows as the Markdown that docs/results.md shows."""
-    lines = [
-        "| policy | perplexity | increase (95 %) | FLOPs saved | weight bytes saved | cache saved |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in result["table"]:
-        low, high = row["perplexity_increase_interval"]
-        rise = f"{row['perplexity_increase']:+.3f} ({low:+.3f}, {high:+.3f})"
-        lines.append(
-            f"| {row['name']} | {row['perplexity']:.3f} | {rise} | "
-            f"{row['flops_reduction']:.1%} | {row['bytes_reduction']:.1%} | {row['kv_reduction']:.1%} |"
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted(studies()))
+    parser.add_argument("model", nargs="?", choices=sorted(studies()))
     parser.add_argument("--ship", action="store_true", help="write policy.json and the lens beside the model")
     parser.add_argument("--quick", action="store_true", help="a few windows, nothing written")
     parser.add_argument("--table", action="store_true", help="print the stored result, run nothing")
+    parser.add_argument("--report", action="store_true", help="write the tables of docs/results.md, run nothing")
     arguments = parser.parse_args()
+    if arguments.report:
+        write_report({name: RESULTS / f"quality_{name}.json" for name in studies()})
+        return
+    if arguments.model is None:
+        parser.error("say which model, or --report")
     if arguments.table:
         print(table(json.loads((RESULTS / f"quality_{arguments.model}.json").read_text())))
         return
     chosen = studies()[arguments.model]
     plan, calibration_tokens = (Plan(max_tokens=512), 1024) if arguments.quick else (Plan(), 4096)
-    result, lens = run(chosen, plan, calibration_tokens)
+    result, lens = run(arguments.model, chosen, plan, calibration_tokens)
     print(table(result))
     if arguments.quick:
         return
