@@ -23,6 +23,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError
 from qs_jax.matryoshka.calibration import with_kernels
 from qs_jax.matryoshka.fit import Fit, Fitted, Streams, fit_block
+from qs_jax.matryoshka.grid import CODEBOOKS
 from qs_jax.matryoshka.kernel import SCALE_DTYPE, abstract_kernel
 from qs_jax.matryoshka.stored import LEAVES, StoredKernel, kernel_arrays
 from qs_jax.models import abstract_network
@@ -127,7 +128,7 @@ class CalibratedQuantizer(Quantizer):
         return arrays.keys() - set(chosen), stored
 
     def _fit(self, part: str, block: Any, streams: Streams, names: dict[str, str]) -> dict[str, Fitted]:
-        fit = Fit(self.options.method, self.options.group_size)
+        fit = Fit(self.options.method, self.options.group_size, bend=CODEBOOKS[self.options.codebook])
         fitted = fit_block(block, streams, fit, frozenset(names))
         self._unfinished.save(part, fitted)
         return fitted
@@ -172,7 +173,7 @@ class Unfinished:
         for name, (kernel, errors) in fitted.items():
             arrays |= {f"{name}.{leaf}": np.asarray(getattr(kernel, leaf)) for leaf in LEAVES}
             arrays[f"{name}.scales"] = arrays[f"{name}.scales"].view(np.uint16)
-            about = {"shape": kernel.shape, "group_size": kernel.group_size, "errors": errors}
+            about = {"shape": kernel.shape, "group_size": kernel.group_size, "bend": kernel.bend, "errors": errors}
             arrays[f"{name}.about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         partial = self.folder / f".{part}.npz"
         np.savez(partial, **arrays)
@@ -189,6 +190,7 @@ class Unfinished:
                 leaves = {leaf: arrays[f"{name}.{leaf}"] for leaf in LEAVES}
                 leaves["scales"] = leaves["scales"].view(SCALE_DTYPE)
                 kernel = abstract_kernel(tuple(about["shape"]), about["group_size"])
+                kernel = replace(kernel, bend=tuple(about["bend"]))
                 fitted[name] = Fitted(
                     replace(kernel, **{k: jnp.asarray(v) for k, v in leaves.items()}), about["errors"]
                 )

@@ -46,6 +46,9 @@ def convert(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="How many of its tokens to take.")] = 16384,
     group_size: Annotated[int, typer.Option(help="With --quantize: inputs that share a scale; a multiple of 8.")] = 64,
+    codebook: Annotated[
+        str, typer.Option(help="With --quantize: even levels, or companded: better at 4 and 2 bits, slower on a CPU.")
+    ] = "even",
     exclude: Annotated[
         str, typer.Option(help="With --quantize: module paths that stay dense, as a regular expression.")
     ] = "^embedding|^lm_head",
@@ -73,7 +76,12 @@ def convert(
             if quantize not in SCHEMES:
                 raise ConfigError(f"--quantize is {quantize!r}, expected one of {', '.join(SCHEMES)}")
             options = QuantizeOptions.of(
-                method=method, group_size=group_size, exclude=exclude, pin=pin, text=calibration_text is not None
+                method=method,
+                group_size=group_size,
+                exclude=exclude,
+                pin=pin,
+                text=calibration_text is not None,
+                codebook=codebook,
             )
         folder = locate(src, revision)
         parts = Parts(Source(folder))

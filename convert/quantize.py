@@ -12,6 +12,7 @@ import numpy as np
 from qs_jax.errors import ConfigError
 from qs_jax.matryoshka.codec import BITS, BLOCK
 from qs_jax.matryoshka.fit import METHODS
+from qs_jax.matryoshka.grid import CODEBOOKS
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest
 from qs_jax.matryoshka.stored import StoredKernel, kernel_arrays, to_manifest
@@ -32,22 +33,31 @@ class QuantizeOptions:
         group_size: inputs that share a scale and an offset; a multiple of 8.
         exclude: module paths that match this stay dense; by default the embedding and the head.
         pin: module paths that match this are always read at 8 bits; None for none but embedding and head.
+        codebook: one of CODEBOOKS.
     """
 
     method: str = "rtn"
     group_size: int = 64
     exclude: re.Pattern[str] = re.compile(DEFAULT_EXCLUDE)
     pin: re.Pattern[str] = _NEVER
+    codebook: str = "even"
 
     @classmethod
     def of(
-        cls, *, method: str | None, group_size: int, exclude: str, pin: str | None, text: bool = False
+        cls,
+        *,
+        method: str | None,
+        group_size: int,
+        exclude: str,
+        pin: str | None,
+        text: bool = False,
+        codebook: str = "even",
     ) -> "QuantizeOptions":
         """Check what the user asked for; by default the best method there is, with text or without.
 
         Raises:
-            ConfigError: an unknown method, one that needs text without text, a group size that is no multiple of 8,
-                or no regular expression.
+            ConfigError: an unknown method or codebook, a method that needs text without text, a group size that is no
+                multiple of 8, or no regular expression.
         """
         method = method or (METHODS[-1] if text else METHODS[0])
         if method not in METHODS:
@@ -57,7 +67,10 @@ class QuantizeOptions:
             raise ConfigError(f"--method {method} {advice}")
         if group_size < BLOCK or group_size % BLOCK:
             raise ConfigError(f"--group-size is {group_size}, expected a multiple of {BLOCK}")
-        return cls(method, group_size, _pattern("--exclude", exclude), _pattern("--pin", pin) if pin else _NEVER)
+        if codebook not in CODEBOOKS:
+            raise ConfigError(f"--codebook is {codebook!r}, expected one of {', '.join(CODEBOOKS)}")
+        patterns = _pattern("--exclude", exclude), _pattern("--pin", pin) if pin else _NEVER
+        return cls(method, group_size, *patterns, codebook)
 
     def selects(self, path: str, array: np.ndarray) -> bool:
         """Whether an array is quantised: kernels and the embedding, unless excluded."""
@@ -102,10 +115,10 @@ class Quantizer:
         return {"weights": relative_errors(weights, kernel)}
 
     def _round(self, weights: jax.Array) -> NestedKernel:
-        return _ROUND(weights, group_size=self.options.group_size)
+        return _ROUND(weights, group_size=self.options.group_size, bend=CODEBOOKS[self.options.codebook])
 
 
-_ROUND = jax.jit(round_to_nearest, static_argnames="group_size")
+_ROUND = jax.jit(round_to_nearest, static_argnames=("group_size", "bend"))
 
 
 def _pattern(option: str, text: str) -> re.Pattern[str]:

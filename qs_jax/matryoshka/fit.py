@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from qs_jax.matryoshka.calibration import hessians, kernels_of, run_all, with_kernels
 from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.gptq import compensated_codes
-from qs_jax.matryoshka.grid import Grid, SliceWeights, between_extremes, refit
+from qs_jax.matryoshka.grid import EVEN, Bend, Grid, SliceWeights, between_extremes, refit
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.tune import Coded, Tuning, tuned
@@ -36,12 +36,14 @@ class Fit:
         group_size: inputs that share a scale and an offset.
         weights: what the squared error of weights counts at 8, 4 and 2 bits.
         tuning: the budget of the last step of gptq+tune.
+        bend: curvature of the codebook: `EVEN` or `COMPANDED`.
     """
 
     method: str = "gptq+tune"
     group_size: int = 64
     weights: SliceWeights = (256.0, 64.0, 1.0)
     tuning: Tuning = field(default_factory=Tuning)
+    bend: Bend = EVEN
 
 
 class Streams(NamedTuple):
@@ -89,26 +91,26 @@ def fit_block(block: Block, streams: Streams, fit: Fit, names: frozenset[str] | 
 def _coded(kernel: Float[Array, "outputs inputs"], seen: Float[Array, "seen inputs inputs"], fit: Fit) -> Coded:
     weights = kernel.astype(jnp.float32)
     codes, grid = _CODES[fit.method.partition("+")[0]](
-        weights, seen, jnp.asarray(fit.weights, jnp.float32), group_size=fit.group_size
+        weights, seen, jnp.asarray(fit.weights, jnp.float32), group_size=fit.group_size, bend=fit.bend
     )
     return Coded((kernel.shape[0], kernel.shape[1]), codes, grid)
 
 
-@partial(jax.jit, static_argnames="group_size")
-def _rounded(weights: Array, seen: Array, importance: Array, *, group_size: int) -> tuple[Array, Grid]:
+@partial(jax.jit, static_argnames=("group_size", "bend"))
+def _rounded(weights: Array, seen: Array, importance: Array, *, group_size: int, bend: Bend) -> tuple[Array, Grid]:
     values = grouped(weights, group_size)
-    grid = between_extremes(values)
+    grid = between_extremes(values, bend=bend)
     return nearest_codes(values, grid), grid
 
 
-@partial(jax.jit, static_argnames="group_size")
-def _refitted(weights: Array, seen: Array, importance: Array, *, group_size: int) -> tuple[Array, Grid]:
-    return refit(grouped(weights, group_size), _mean_squares(seen, group_size), importance)
+@partial(jax.jit, static_argnames=("group_size", "bend"))
+def _refitted(weights: Array, seen: Array, importance: Array, *, group_size: int, bend: Bend) -> tuple[Array, Grid]:
+    return refit(grouped(weights, group_size), _mean_squares(seen, group_size), importance, bend)
 
 
-@partial(jax.jit, static_argnames="group_size")
-def _compensated(weights: Array, seen: Array, importance: Array, *, group_size: int) -> tuple[Array, Grid]:
-    _, grid = refit(grouped(weights, group_size), _mean_squares(seen, group_size), importance)
+@partial(jax.jit, static_argnames=("group_size", "bend"))
+def _compensated(weights: Array, seen: Array, importance: Array, *, group_size: int, bend: Bend) -> tuple[Array, Grid]:
+    _, grid = refit(grouped(weights, group_size), _mean_squares(seen, group_size), importance, bend)
     return compensated_codes(weights, seen, grid, importance, group_size=group_size), grid
 
 

@@ -84,7 +84,7 @@ def _sweep(
 
     def one(step: Array, carry: tuple[Array, Array, Array], factor: Array, group: Array) -> tuple[Array, Array, Array]:
         block, errors, codes = carry
-        here = Grid(*(jax.lax.dynamic_index_in_dim(part, group[step], 1, False) for part in grid))
+        here = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, group[step], 1, False), grid)
         target = jax.lax.dynamic_index_in_dim(block, step, 1, False)
         code = best_codes(target, here, importance)
         level = jnp.stack([read(code, here, s) for s in range(len(BITS))])

@@ -134,6 +134,14 @@ def bent(t: Float[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*sh
     return t if bend == 0.0 else t * (1.0 + bend / 4.0 ** (bits - 1) * t * t)
 
 
+def straightened(y: Float[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*shape"]:
+    """The inverse of `bent`: the one real root of a cubic, by its hyperbolic form."""
+    if bend == 0.0:
+        return y
+    p = 4.0 ** (bits - 1) / bend
+    return 2 * math.sqrt(p / 3) * jnp.sinh(jnp.arcsinh(1.5 * math.sqrt(3 / p) * y) / 3)
+
+
 def offset_in_steps(offsets: Int8[Array, "*shape"], bits: int) -> Float[Array, "*shape"]:
     """Stored offsets in steps of the slice's scale."""
     return offsets.astype(jnp.float32) * (2.0**bits / 256)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from qs_jax.matryoshka.codec import BITS
-from qs_jax.matryoshka.grid import Grid, Grouped, between_extremes, stored_offsets
+from qs_jax.matryoshka.grid import EVEN, Bend, Grid, Grouped, across, between_extremes, nearest, stored_offsets
 from qs_jax.matryoshka.kernel import NestedKernel, groups_of, nested_kernel
 
 
@@ -17,25 +17,26 @@ def grouped(weights: Float[Array, "outputs inputs"], group_size: int) -> Grouped
     return padded.T.reshape(groups, group_size, outputs)
 
 
-def round_to_nearest(weights: Float[Array, "outputs inputs"], *, group_size: int = 64) -> NestedKernel:
+def round_to_nearest(
+    weights: Float[Array, "outputs inputs"], *, group_size: int = 64, bend: Bend = EVEN
+) -> NestedKernel:
     """8-bit codes between each group's extremes; the coarser codes read as the middle of their cell.
 
     The middle of the cell is free: with scales 16 and 64 times as large, the same stored offset says it exactly.
     """
     values = grouped(weights, group_size)
-    grid = between_extremes(values)
+    grid = between_extremes(values, bend=bend)
     return packed(nearest_codes(values, grid), grid, inputs=weights.shape[1])
 
 
 def nearest_codes(values: Grouped, grid: Grid) -> UInt8[Array, "groups group_size outputs"]:
     """The 8-bit codes that read nearest at 8 bits."""
-    codes = jnp.round(values / grid.scales[0, :, None] + 127.5 - grid.offsets[0, :, None])
-    return jnp.clip(codes, 0, 255).astype(jnp.uint8)
+    return jnp.clip(nearest(values, across(grid)), 0, 255).astype(jnp.uint8)
 
 
 def packed(codes: UInt8[Array, "groups group_size outputs"], grid: Grid, *, inputs: int) -> NestedKernel:
     """A kernel of codes and their grid."""
-    return nested_kernel(codes, grid.scales, stored_offsets(grid), inputs=inputs)
+    return nested_kernel(codes, grid.scales, stored_offsets(grid), inputs=inputs, bend=grid.bend)
 
 
 def relative_errors(weights: Float[Array, "outputs inputs"], kernel: NestedKernel) -> dict[str, float]:

@@ -5,7 +5,7 @@ learnt, by Adam, for all slices together.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from qs_jax.matryoshka.calibration import batches, run, with_kernels
 from qs_jax.matryoshka.codec import BITS
-from qs_jax.matryoshka.grid import Grid, read, storable
+from qs_jax.matryoshka.grid import Grid, across, read, storable
 from qs_jax.models.base import Block, Hidden
 
 
@@ -29,8 +29,7 @@ class Coded:
 
     def weights(self, slice_: int, grid: Grid | None = None) -> Float[Array, "outputs inputs"]:
         """The weights as they read at one precision, by its own grid or another."""
-        across = Grid(*(part[:, :, None] for part in grid or self.grid))
-        values = read(self.codes, across, slice_)
+        values = read(self.codes, across(grid or self.grid), slice_)
         return values.reshape(-1, self.shape[0]).T[:, : self.shape[1]]
 
 
@@ -62,7 +61,7 @@ def tuned(
     """
     parts = [list(batches(part)) for part in (*streams, targets)]
     data = [tuple(piece) for piece in zip(*parts, strict=True)]
-    start = {name: Grid(jnp.zeros_like(c.grid.scales), jnp.zeros_like(c.grid.offsets)) for name, c in kernels.items()}
+    start = {name: jax.tree.map(jnp.zeros_like, c.grid) for name, c in kernels.items()}
     before = _losses(block, kernels, start, data)
     optimizer = _optimizer(tuning.learning_rate, max(1, tuning.passes * len(data)))
     moves = jax.tree.map(jnp.copy, start)
@@ -76,11 +75,11 @@ def tuned(
 
 
 def _moved(grid: Grid, move: Grid) -> Grid:
-    return Grid(grid.scales * jnp.exp(move.scales), grid.offsets + move.offsets)
+    return replace(grid, scales=grid.scales * jnp.exp(move.scales), offsets=grid.offsets + move.offsets)
 
 
 def _storable(grid: Grid) -> Grid:
-    return storable(grid.scales, grid.scales * grid.offsets)
+    return storable(grid.scales, grid.scales * grid.offsets, grid.bend)
 
 
 @jax.jit

@@ -19,9 +19,20 @@ from qs_jax.matryoshka.calibration import hessians, kernels_of, run, run_all, wi
 from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.fit import METHODS, Fit, Streams, fit_block
 from qs_jax.matryoshka.gptq import DAMPING, compensated_codes
-from qs_jax.matryoshka.grid import Grid, best_codes, between_extremes, least_squares, read
-from qs_jax.matryoshka.kernel import NestedKernel
-from qs_jax.matryoshka.rounding import grouped, packed
+from qs_jax.matryoshka.grid import (
+    COMPANDED,
+    EVEN,
+    Bend,
+    Grid,
+    across,
+    best_codes,
+    between_extremes,
+    least_squares,
+    read,
+    refit,
+)
+from qs_jax.matryoshka.kernel import NestedKernel, bent, straightened
+from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.streaming import multiply_groups, multiply_streams
 from qs_jax.matryoshka.tune import Tuning
 from qs_jax.models import arrays_by_path
@@ -73,15 +84,44 @@ def test_a_nan_in_a_row_is_not_lost_on_the_way() -> None:
     assert np.isnan(multiply_streams(normal(1, 64).at[0, 3].set(jnp.nan), kernel, 4)).all()
 
 
-def test_the_best_codes_are_those_of_trying_all() -> None:
-    grid = Grid(jnp.asarray([1.0, 15.0, 70.0]), jnp.asarray([3.0, 0.2, -0.1]))
+@pytest.mark.parametrize("bend", [EVEN, COMPANDED])
+def test_the_best_codes_are_those_of_trying_all(bend: Bend) -> None:
+    grid = Grid(jnp.asarray([1.0, 15.0, 70.0]), jnp.asarray([3.0, 0.2, -0.1]), bend)
     targets, weights = 80 * normal(3, 200), jnp.asarray([4.0, 2.0, 1.0])
     every = jnp.arange(256, dtype=jnp.uint8)
     errors = [weights[s] * jnp.square(read(every, grid, s)[:, None] - targets[s]) for s in range(3)]
     cost = jnp.stack(errors).sum(axis=0)
-    found = best_codes(targets, Grid(grid.scales[:, None], grid.offsets[:, None]), weights)
+    found = best_codes(targets, jax.tree.map(lambda part: part[:, None], grid), weights)
     chosen = jnp.take_along_axis(cost, found[None].astype(jnp.int32), 0)[0]
     np.testing.assert_allclose(chosen, cost.min(axis=0), rtol=1e-4, atol=1e-3)
+
+
+def test_bent_levels_straighten_back_and_the_nearest_is_the_nearest() -> None:
+    t = jnp.linspace(-200, 200, 1001)
+    np.testing.assert_allclose(straightened(bent(t, 8, 0.5), 8, 0.5), t, rtol=2e-5, atol=1e-3)
+    values = grouped(normal(6, 64), 64)
+    grid = between_extremes(values, bend=COMPANDED)
+    every = jnp.stack([read(jnp.full(values.shape, code, jnp.uint8), across(grid), 0) for code in range(256)])
+    best = jnp.abs(every - values).min(axis=0)
+    found = read(nearest_codes(values, grid), across(grid), 0)
+    np.testing.assert_allclose(jnp.abs(found - values), best, atol=1e-6)
+    np.testing.assert_array_equal(
+        packed(nearest_codes(values, grid), grid, inputs=64).dequantise(8), found.reshape(64, 6).T
+    )
+
+
+def test_a_companded_codebook_loses_less_at_few_bits() -> None:
+    """Gaussian weights, all three precisions from one code: measured 0.17 and 0.24 dB better at 2 and 4 bits."""
+    values, weights = grouped(normal(256, 256), 64), jnp.asarray([256.0, 16.0, 1.0])
+
+    def noise(bend: Bend) -> list[float]:
+        codes, grid = refit(values, jnp.ones(values.shape[:2]), weights, bend)
+        return [float(jnp.square(read(codes, across(grid), s) - values).mean()) for s in range(3)]
+
+    even, companded = noise(EVEN), noise(COMPANDED)
+    assert companded[1] < 0.985 * even[1]
+    assert companded[2] < 0.985 * even[2]
+    assert companded[0] < 1.1 * even[0]
 
 
 def test_least_squares_beat_any_other_scale_and_offset() -> None:
@@ -127,7 +167,7 @@ def test_with_all_weight_on_one_slice_it_is_plain_gptq(slice_: int) -> None:
     only = jnp.zeros(3).at[slice_].set(1.0)
     three = jnp.asarray(np.broadcast_to(hessian, (3, 96, 96)), jnp.float32)
     codes = compensated_codes(jnp.asarray(weights, jnp.float32), three, grid, only, group_size=32)
-    scale, offset = (np.asarray(part[slice_], np.float64) for part in grid)
+    scale, offset = (np.asarray(part[slice_], np.float64) for part in (grid.scales, grid.offsets))
     expected = plain_gptq(weights, hessian, scale, offset, BITS[slice_])
     found = np.asarray(codes).reshape(96, 7).T >> (8 - BITS[slice_])
     assert (found == expected).mean() > 0.97
@@ -138,9 +178,7 @@ def test_compensated_codes_err_less_in_what_the_layer_puts_out() -> None:
     hessian = jnp.asarray(x.T @ x / len(x), jnp.float32)
     grid = between_extremes(grouped(weights, 64))
     codes = compensated_codes(weights, jnp.stack([hessian] * 3), grid, jnp.ones(3), group_size=64)
-    plain = best_codes(
-        jnp.broadcast_to(grouped(weights, 64), (3, 2, 64, 16)), Grid(*(g[:, :, None] for g in grid)), jnp.ones(3)
-    )
+    plain = best_codes(jnp.broadcast_to(grouped(weights, 64), (3, 2, 64, 16)), across(grid), jnp.ones(3))
 
     def error(codes: jax.Array, bits: int) -> float:
         difference = packed(codes, grid, inputs=128).dequantise(bits) - weights
