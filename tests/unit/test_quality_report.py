@@ -1,0 +1,65 @@
+"""The pure parts of the quality studies' page."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.quality_report import block, merged, replaced, table
+
+
+def row(name: str, kind: str, increase: float, flops: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "perplexity": 10 + increase,
+        "perplexity_increase": increase,
+        "perplexity_increase_interval": [increase - 0.1, increase + 0.1],
+        "flops_reduction": flops,
+        "bytes_reduction": -1e-9,
+        "kv_reduction": 0.25,
+    }
+
+
+ROWS = [
+    row("off", "off", 0.0, 0.0),
+    row("calibrated +0.05", "calibrated", 0.02, 0.3),
+    row("stop", "baseline", 0.02, 0.3),
+]
+ROWS += [row("calibrated +0.2", "calibrated", 0.02, 0.3), row("calibrated +1", "calibrated", 0.7, 0.6)]
+
+
+def test_rows_that_came_to_the_same_are_one_but_not_across_kinds() -> None:
+    names = [entry["name"] for entry in merged(ROWS)]
+    assert names == ["off", "calibrated +0.05; calibrated +0.2", "stop", "calibrated +1"]
+
+
+def test_nothing_saved_is_nothing_whatever_its_sign() -> None:
+    assert table({"table": ROWS[1:2]}).splitlines()[-1] == (
+        "| calibrated +0.05 | 10.020 | +0.020 (-0.080, +0.120) | 30.0% | 0.0% | 25.0% |"
+    )
+
+
+def test_a_block_replaces_what_stood_between_its_markers_only() -> None:
+    page = "before\n<!-- a -->\nold\n<!-- /a -->\nafter\n<!-- b -->\nkept\n<!-- /b -->\n"
+    assert replaced(page, "a", "new") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="once each"):
+        replaced(page, "c", "new")
+
+
+def test_a_block_says_what_was_trusted_and_what_was_not() -> None:
+    chosen = {"flops_reduction": 0.3, "perplexity_increase": 0.1, "upper": 0.19}
+    result = {
+        "protocol": {"windows": 40, "prefix": 512, "window": 64, "batch": 8},
+        "oracle": {"layers_share": 0.5},
+        "perplexity_off": 10.0,
+        "table": ROWS,
+        "further": {},
+        "calibrated": [
+            {"max_ppl_increase": 0.05},
+            {"max_ppl_increase": 0.2, "chosen": chosen, "best_uniform_stop": None},
+        ],
+    }
+    text = block(result)
+    assert "40 windows of 512 unscored + 64 scored tokens" in text
+    assert "Trusted for +0.2 on calibration's own test windows: the policy 30.0% (at +0.100, at most +0.190)." in text
+    assert "uniform" not in text
