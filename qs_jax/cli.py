@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qs_jax import cli_study
-from qs_jax.cli_options import Bits, Debug, Dtype, Json, ModelArgument, PolicyOption, Revision, Verify
+from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options
 from qs_jax.console import print_json, reporting_errors
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
@@ -35,6 +35,7 @@ def _commands() -> None:
   qs-jax generate ./model --prompt "Once upon a time" --temperature 0.8 --seed 1
   echo "Once upon a time" | qs-jax generate ./model --prompt - --json"""
 )
+@common_options()
 def generate(
     model: ModelArgument,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for a batch; - reads stdin.")],
@@ -54,14 +55,11 @@ def generate(
     num_return_sequences: Annotated[int, typer.Option(help="Samples per prompt.")] = DEFAULTS.num_return_sequences,
     seed: Annotated[int | None, typer.Option(help="Repeats a sample; drawn and reported if not given.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    verify: Verify = True,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    common: Common,
 ) -> None:
     """Continue one or more prompts; text appears as it is made."""
-    with reporting_errors(debug):
+    with reporting_errors(common.debug):
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         settings = {
             "policy": policy,
@@ -79,8 +77,8 @@ def generate(
             prompts = [[{"role": "user", "content": text}] for text in prompts]
         from qs_jax.loading import load
 
-        loaded = load(model, dtype=dtype, revision=revision, verify=verify)
-        _print_generation(loaded, prompts, settings, json=json)
+        loaded = load(model, **common.loading)
+        _print_generation(loaded, prompts, settings, json=common.json)
 
 
 @app.command(
@@ -90,6 +88,7 @@ def generate(
   qs-jax bench ./model
   qs-jax bench ./model --batch 8 --prompt-tokens 512 --json"""
 )
+@common_options()
 def bench(
     model: ModelArgument,
     policy: PolicyOption = "off",
@@ -97,23 +96,20 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompts.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per row.")] = 64,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    verify: Verify = True,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    common: Common,
 ) -> None:
     """Measure prefill and decoding speed, and how much of the memory bandwidth decoding reaches."""
-    with reporting_errors(debug):
+    with reporting_errors(common.debug):
         GenerationConfig.of(policy=policy, bits=bits)
         from qs_jax.evaluation.benchmark import benchmark
         from qs_jax.loading import load
 
-        loaded = load(model, dtype=dtype, revision=revision, verify=verify)
+        loaded = load(model, **common.loading)
         figures = benchmark(
             loaded, policy=policy, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens
         )
-        if json:
+        if common.json:
             print_json(figures)
             return
         print(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from qs_jax.adaptive.policy import Halting, Policy
-from qs_jax.cli_options import Bits, Debug, Dtype, Json, ModelArgument, PolicyOption, Revision, Verify
+from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options
 from qs_jax.console import print_json, progress, reporting_errors
 from qs_jax.errors import EvaluationError
 
@@ -44,6 +44,7 @@ CALIBRATE_EXAMPLES = """Examples:
 An interrupted calibration goes on where it was when the same command is given again."""
 
 
+@common_options()
 def evaluate(
     model: ModelArgument,
     text: Text,
@@ -63,14 +64,11 @@ def evaluate(
     calibration_documents: Documents = ":",
     calibration_tokens: Annotated[int, typer.Option(help="Most tokens of it to score.")] = 4096,
     free_run: Annotated[int, typer.Option(min=0, help="Prefixes to continue greedily, beside the dense model.")] = 0,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    verify: Verify = True,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    common: Common,
 ) -> None:
     """Score text: perplexity under a policy beside the dense model's, with intervals, and what was saved."""
-    with reporting_errors(debug):
+    with reporting_errors(common.debug):
         chosen = Policy.of(policy)
         from qs_jax.evaluation.perplexity import passes
         from qs_jax.evaluation.study import study
@@ -81,7 +79,7 @@ def evaluate(
         if calibration_text is not None and not ablate:
             raise EvaluationError("--calibration-text is for --ablate; qs-jax calibrate makes a policy to score")
         other = read_documents(calibration_text, calibration_documents) if calibration_text else None
-        loaded, windows = _load(model, text, documents, plan, dtype=dtype, revision=revision, verify=verify)
+        loaded, windows = _load(model, text, documents, plan, **common.loading)
         with progress("scoring", _MEASUREMENTS if ablate else passes(windows, plan)) as advance:
             result = study(
                 loaded,
@@ -95,7 +93,7 @@ def evaluate(
                 advance=advance,
             )
         result = {**result, "text": Path(text).name, "documents": documents}
-        if json:
+        if common.json:
             print_json(result)
             return
         _print_evaluation(result)
@@ -133,6 +131,7 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     )
 
 
+@common_options()
 def calibrate(
     model: ModelArgument,
     text: Text,
@@ -154,14 +153,11 @@ def calibrate(
     max_tokens: MaxTokens = 4096,
     batch: Batch = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the policy file if it is there.")] = False,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    verify: Verify = True,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    common: Common,
 ) -> None:
     """Find the policy that saves most while perplexity rises no more than allowed, tested on text held back."""
-    with reporting_errors(debug):
+    with reporting_errors(common.debug):
         target = _target(model, out, "policy.json", overwrite=overwrite)
         from qs_jax.evaluation.calibration import Goal
         from qs_jax.evaluation.study import calibrate_model
@@ -170,14 +166,14 @@ def calibrate(
         goal = Goal(max_ppl_increase, confidence)
         Policy(decode_halting=Halting(cast(Any, signal)), kv_rule=cast(Any, kv_rule or "frozen"))
         plan = Plan(prefix, window, max_tokens, batch)
-        loaded, windows = _load(model, text, documents, plan, dtype=dtype, revision=revision, verify=verify)
+        loaded, windows = _load(model, text, documents, plan, **common.loading)
         with progress("calibrating", _MEASUREMENTS) as advance:
             found = calibrate_model(
                 loaded, windows, plan, [goal], signal=signal, kv_rule=kv_rule, target=target, advance=advance
             )[0]
         found.policy.save(target)
         result = {**found.to_json(), "text": Path(text).name, "documents": documents, "out": str(target)}
-        if json:
+        if common.json:
             print_json(result)
         else:
             _print_calibration(result)
@@ -218,6 +214,7 @@ LENS_EXAMPLES = """Examples:
 A lens in the model's folder is found there; calibrate then lets halted tokens follow it."""
 
 
+@common_options()
 def lens(
     model: ModelArgument,
     text: Text,
@@ -225,14 +222,11 @@ def lens(
     out: Annotated[str | None, typer.Option(help="File to write; by default lens.safetensors in MODEL.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to fit on, spread over the text.")] = 32768,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the lens if it is there.")] = False,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    verify: Verify = True,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    common: Common,
 ) -> None:
     """Fit the affine lens: what layers do to halted tokens, in closed form. Nothing is trained; beyond the paper."""
-    with reporting_errors(debug):
+    with reporting_errors(common.debug):
         target = _target(model, out, "lens.safetensors", overwrite=overwrite)
         from qs_jax.evaluation.lens import fit_lens
         from qs_jax.evaluation.text import read_documents
@@ -240,13 +234,13 @@ def lens(
         from qs_jax.loading import load
 
         found = read_documents(text, documents)
-        loaded = load(model, dtype=dtype, revision=revision, verify=verify)
+        loaded = load(model, **common.loading)
         windows = whole(loaded, found, max_tokens)
         with progress("fitting", loaded.config.num_hidden_layers) as advance:
             fit = fit_lens(loaded, windows, advance)
         fit.lens.save(target)
         result = {"out": str(target), "tokens": windows.size, "explained": fit.explained}
-        if json:
+        if common.json:
             print_json(result)
             return
         for layer, share in enumerate(fit.explained, start=2):
@@ -261,21 +255,22 @@ REPORT_EXAMPLES = """Examples:
   qs-jax report table.json --out report.html"""
 
 
+@common_options(loads=False)
 def report(
     results: Annotated[list[Path], typer.Argument(help="What eval or calibrate printed with --json.")],
     out: Annotated[Path, typer.Option(help="Page to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    common: Common,
 ) -> None:
     """Show results on one self-contained page: tables, figures, and the text coloured by what was spent on it."""
-    with reporting_errors(debug):
+    with reporting_errors(common.debug):
         if out.exists() and not overwrite:
             raise EvaluationError(f"{out} is there already; give --overwrite or another --out")
         from qs_jax.evaluation.report import read_result, write_report
 
         write_report([read_result(path) for path in results], out)
-        if json:
+        if common.json:
             print_json({"out": str(out), "results": len(results)})
         else:
             print(f"written to {out}")
