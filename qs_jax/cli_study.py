@@ -220,6 +220,7 @@ def lens(
     text: Text,
     documents: Documents = ":",
     out: Annotated[str | None, typer.Option(help="File to write; by default lens.safetensors in MODEL.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the maps; by default a quarter of the hidden size.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to fit on, spread over the text.")] = 32768,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the lens if it is there.")] = False,
     *,
@@ -237,7 +238,7 @@ def lens(
         loaded = load(model, **common.loading)
         windows = whole(loaded, found, max_tokens)
         with progress("fitting", loaded.config.num_hidden_layers) as advance:
-            fit = fit_lens(loaded, windows, advance)
+            fit = fit_lens(loaded, windows, rank=rank, advance=advance)
         fit.lens.save(target)
         result = {"out": str(target), "tokens": windows.size, "explained": fit.explained}
         if common.json:

@@ -1,9 +1,9 @@
 """The affine lens: stand-ins for whole layers, so that a halted token goes on at the price of one small product.
 
-Beyond the paper. Layer l is approximated by h + B h + b, fitted in closed form on text (`qs_jax.evaluation.lens`); a
-token that halts after layer s is carried through every later layer by these maps, and its keys, values and, if it is
-generated, logits come from where they lead. Shortcuts of this kind: Din et al. 2023 (arXiv 2303.09435); read as a
-lens: Belrose et al. 2023 (arXiv 2303.08112). Nothing of the model is trained or changed.
+Beyond the paper. Layer l is approximated by h + U D h + b, D and U of low rank, fitted in closed form on text
+(`qs_jax.evaluation.lens`); a token that halts after layer s is carried through every later layer by these maps, and its
+keys, values and, if it is generated, logits come from where they lead. Shortcuts of this kind: Din et al. 2023
+(arXiv 2303.09435); read as a lens: Belrose et al. 2023 (arXiv 2303.08112). Nothing of the model is trained or changed.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError
 from qs_jax.files import write_whole
 from qs_jax.models.base import CausalLM
-from qs_jax.models.layers import Linear
+from qs_jax.models.layers import Shortcut
 
 LENS_FILE = "lens.safetensors"
 """Its name in a model's folder, where `qs_jax.load` finds it."""
@@ -28,9 +28,10 @@ LENS_FILE = "lens.safetensors"
 
 @dataclass(frozen=True)
 class Lens:
-    """For layers 1, 2, … of a model, counted from 0 (no token halts before the first): h + `kernels` h + `biases`."""
+    """For layers 1, 2, … of a model, counted from 0 (no token halts before the first): h + `up` `down` h + `biases`."""
 
-    kernels: Float[np.ndarray, "layers hidden hidden"]
+    down: Float[np.ndarray, "layers rank hidden"]
+    up: Float[np.ndarray, "layers hidden rank"]
     biases: Float[np.ndarray, "layers hidden"]
 
     def save(self, path: str | Path) -> None:
@@ -61,7 +62,8 @@ class Lens:
             reason = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{path}: cannot be read as a lens ({reason}); fit it again") from None
         layers, hidden = config.num_hidden_layers - 1, config.hidden_size
-        expected = {"kernels": (layers, hidden, hidden), "biases": (layers, hidden)}
+        rank = arrays["down"].shape[1] if "down" in arrays and arrays["down"].ndim == 3 else 0
+        expected = {"down": (layers, rank, hidden), "up": (layers, hidden, rank), "biases": (layers, hidden)}
         if {name: array.shape for name, array in arrays.items()} != expected:
             raise CheckpointError(f"{path}: is no lens for {layers + 1} layers, {hidden} wide; fit it again")
         if not all(np.issubdtype(a.dtype, np.floating) and np.isfinite(a).all() for a in arrays.values()):
@@ -72,12 +74,7 @@ class Lens:
 def with_lens(network: CausalLM, lens: Lens) -> CausalLM:
     """The same weights, and shortcuts beside them."""
     copy: CausalLM = nnx.merge(*nnx.split(network))
-    hidden, dtype = network.config.hidden_size, network.embedding.table.dtype
-    shortcuts = []
-    for kernel, bias in zip(lens.kernels, lens.biases, strict=True):
-        shortcut = nnx.eval_shape(lambda: Linear(hidden, hidden, bias=True, dtype=dtype, rngs=nnx.Rngs(0)))
-        whole = np.eye(hidden, dtype=np.float32) + kernel
-        shortcut.kernel, shortcut.bias = (nnx.Param(jnp.asarray(a, dtype)) for a in (whole, bias))
-        shortcuts.append(shortcut)
-    copy.shortcuts = nnx.List(shortcuts)
+    dtype = network.embedding.table.dtype
+    parts = zip(lens.down, lens.up, lens.biases, strict=True)
+    copy.shortcuts = nnx.List([Shortcut(*(jnp.asarray(array, dtype) for array in part)) for part in parts])
     return copy

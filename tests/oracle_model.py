@@ -63,7 +63,8 @@ class Network:
 
     def shortcut(self, layer: int, state: np.ndarray) -> np.ndarray:
         """The lens's stand-in for a layer; there is none for the first."""
-        return self._linear(f"shortcuts.{layer - 1}", state)
+        down, up, bias = (self.arrays[f"shortcuts.{layer - 1}.{name}"] for name in ("down", "up", "bias"))
+        return state + up @ (down @ state) + bias
 
     def logits(self, state: np.ndarray) -> np.ndarray:
         kernel = self.arrays.get("lm_head.kernel", self.arrays["embedding.table"])

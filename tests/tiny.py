@@ -41,6 +41,8 @@ CONFIGS["qwen2"] = {**CONFIGS["llama"], "model_type": "qwen2", "tie_word_embeddi
 _random = np.random.default_rng(0)
 PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
 
+LENS_RANK = 8
+
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>"
 
 _forward = jax.jit(forward)
@@ -83,8 +85,9 @@ def tiny_tokenizer() -> Tokenizer:
 def with_random_lens(model: Model) -> Model:
     """The model with a lens that changes states visibly: it proves plumbing, not quality."""
     rng, layers, hidden = np.random.default_rng(3), model.config.num_hidden_layers - 1, model.config.hidden_size
-    kernels, biases = rng.normal(0, 0.05, (layers, hidden, hidden)), rng.normal(0, 0.05, (layers, hidden))
-    return replace(model, network=with_lens(model.network, Lens(kernels, biases)), name=f"{model.name} with a lens")
+    shapes = (layers, LENS_RANK, hidden), (layers, hidden, LENS_RANK), (layers, hidden)
+    lens = Lens(*(rng.normal(0, 0.1, shape) for shape in shapes))
+    return replace(model, network=with_lens(model.network, lens), name=f"{model.name} with a lens")
 
 
 def quantised(model: Model) -> Model:

@@ -27,7 +27,7 @@ from qs_jax.evaluation.observation import Observed
 from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
 from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase
 
-_TESTED = 8
+_TESTED = 12
 """Most policies that are tested, in equal steps of what they save."""
 
 _COMBINED_SHARES = (0.25, 0.5, 0.75, 1.0)

@@ -1,13 +1,14 @@
-"""Fitting the affine lens: per layer a ridge regression of what the layer adds on what enters it."""
+"""Fitting the affine lens: per layer a ridge regression of low rank, of what the layer adds on what enters it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.linalg import eigh
+from scipy.linalg import eigh, svd
 
 from qs_jax.errors import EvaluationError
 from qs_jax.lens import Lens
@@ -55,19 +56,30 @@ class Fit:
     explained: list[float] = field(default_factory=list)
 
 
-def fit_lens(model: Model, windows: Int[np.ndarray, "windows tokens"], advance: Advance = lambda n=1: None) -> Fit:
+def fit_lens(
+    model: Model,
+    windows: Int[np.ndarray, "windows tokens"],
+    *,
+    rank: int | None = None,
+    advance: Advance = lambda n=1: None,
+) -> Fit:
     """The lens of a model.
 
     Args:
         model: what `qs_jax.load` returned.
         windows: token ids; not of any text that a policy is tested on.
+        rank: of every map, which is what carrying a token costs; by default a quarter of the hidden size.
         advance: called after every layer.
 
     One pass over the text, a layer at a time: memory holds the states of all windows and two matrices of moments.
 
     Raises:
-        EvaluationError: fewer than two windows, or a model of one layer.
+        EvaluationError: fewer than two windows, a model of one layer, or a rank outside 1 to the hidden size.
     """
+    hidden = model.config.hidden_size
+    rank = max(1, hidden // 4) if rank is None else rank
+    if not 1 <= rank <= hidden:
+        raise EvaluationError(f"rank is {rank}, expected a whole number from 1 to {hidden}")
     if len(windows) < 2:
         raise EvaluationError("the text is too short to fit a lens on; give more of it")
     if model.config.num_hidden_layers < 2:
@@ -77,17 +89,15 @@ def fit_lens(model: Model, windows: Int[np.ndarray, "windows tokens"], advance: 
     counted = ~np.isin(windows, model.special_ids)
     counted[:, :_SINKS] = False
     states = [np.asarray(batch, np.float32) for batch in batches(_embed(model.network, tokens, positions))]
-    kernels, biases, explained = [], [], []
+    maps: list[_Map] = []
     for number, block in enumerate(model.network.blocks):
         after = [np.asarray(_run(block, jnp.asarray(batch, model.dtype)), np.float32) for batch in states]
         if number:
-            kernel, bias, share = _fit(np.concatenate(states), np.concatenate(after), counted)
-            kernels.append(kernel)
-            biases.append(bias)
-            explained.append(share)
+            maps.append(_fit(np.concatenate(states), np.concatenate(after), counted, rank))
         states = after
         advance()
-    return Fit(Lens(np.stack(kernels), np.stack(biases)), explained)
+    arrays = (np.stack([getattr(found, name) for found in maps]) for name in ("down", "up", "bias"))
+    return Fit(Lens(*arrays), [found.explained for found in maps])
 
 
 @jax.jit
@@ -98,12 +108,26 @@ def _embed(model: CausalLM, tokens: Int[Array, "windows tokens"], positions: Int
 _run = jax.jit(run)
 
 
+class _Map(NamedTuple):
+    """One layer's map, and the share of the update's variance that it explains on held-out windows."""
+
+    down: Float[np.ndarray, "rank hidden"]
+    up: Float[np.ndarray, "hidden rank"]
+    bias: Float[np.ndarray, " hidden"]
+    explained: float
+
+
 def _fit(
     before: Float[np.ndarray, "windows tokens hidden"],
     after: Float[np.ndarray, "windows tokens hidden"],
     counted: Bool[np.ndarray, "windows tokens"],
-) -> tuple[Float[np.ndarray, "hidden hidden"], Float[np.ndarray, " hidden"], float]:
-    """Kernel, bias and explained share of one layer: ridge on most windows, its penalty chosen on the others."""
+    rank: int,
+) -> _Map:
+    """Reduced-rank ridge regression (Izenman 1975) on most windows, its penalty chosen on the others.
+
+    Of all maps of a rank the one whose predictions err least: the ridge solution, projected on the leading right
+    singular vectors of what it predicts.
+    """
     used, kept = _Moments(), _Moments()
     for number, (x, y, chosen) in enumerate(zip(before, after - before, counted, strict=True)):
         held_out = number % _HELD_OUT == _HELD_OUT - 1 or number == len(before) - 1
@@ -111,15 +135,18 @@ def _fit(
     mean_x, mean_y = used.x / used.count, used.y / used.count
     values, vectors = eigh(used.xx / used.count - np.outer(mean_x, mean_x))
     cross = vectors.T @ (used.xy / used.count - np.outer(mean_x, mean_y))
-    spread = values.mean()
+    variance = kept.yy - float(np.square(kept.y).sum()) / kept.count
     found = []
     for penalty in PENALTIES:
-        kernel = (vectors @ (cross / (np.maximum(values, 0) + penalty * spread)[:, None])).T
-        bias = mean_y - kernel @ mean_x
-        found.append((_error(kept, kernel, bias), kernel, bias))
-    error, kernel, bias = min(found, key=lambda entry: entry[0])
-    variance = kept.yy - float(np.square(kept.y).sum()) / kept.count
-    return kernel.astype(np.float32), bias.astype(np.float32), 1 - error / variance
+        root = np.sqrt(np.maximum(values, 0) + penalty * values.mean())
+        left, size, right = svd(cross / root[:, None], full_matrices=False)
+        down = ((vectors / root) @ (left[:, :rank] * size[:rank])).T
+        up = right[:rank].T
+        bias = mean_y - up @ (down @ mean_x)
+        found.append(_Map(down, up, bias, 1 - _error(kept, up @ down, bias) / variance))
+    best = max(found, key=lambda entry: entry.explained)
+    down, up, bias = (array.astype(np.float32) for array in best[:3])
+    return _Map(down, up, bias, best.explained)
 
 
 def _error(of: _Moments, kernel: np.ndarray, bias: np.ndarray) -> float:

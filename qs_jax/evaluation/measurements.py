@@ -118,7 +118,7 @@ class Measurements:
         hold for."""
         digest = hashlib.sha256(np.asarray(self.model.network.head_kernel).tobytes())
         for shortcut in self.model.network.shortcuts or ():
-            digest.update(np.asarray(shortcut.kernel.get_value()).tobytes())
+            digest.update(np.asarray(shortcut.up.get_value()).tobytes())
         shapes = [(name, array.shape, str(array.dtype)) for name, array in arrays_by_path(self.model.network).items()]
         text = [(window.prompt, window.scored) for part in self.parts.values() for window in part]
         digest.update(repr((sorted(shapes), self.model.config, self.batch, text)).encode())

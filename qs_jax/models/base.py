@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.models.attention import View, attention, new_segment
-from qs_jax.models.layers import Embedding, Kernel, Linear, project
+from qs_jax.models.layers import Embedding, Kernel, Linear, Shortcut, project
 
 Hidden = Float[Array, "batch tokens hidden"]
 Heads = Float[Array, "batch tokens kv_heads head_dim"]
@@ -87,7 +87,7 @@ class CausalLM(nnx.Module):
     """
 
     blocks: nnx.List[Block]
-    shortcuts: "nnx.List[Linear] | None"
+    shortcuts: "nnx.List[Shortcut] | None"
     embedding: Embedding
     lm_head: Linear | None
 

@@ -72,6 +72,18 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+class Shortcut(nnx.Module):
+    """A stand-in for a whole layer: the state, and an affine map of it of low rank."""
+
+    def __init__(
+        self, down: Float[Array, "rank hidden"], up: Float[Array, "hidden rank"], bias: Float[Array, " hidden"]
+    ):
+        self.down, self.up, self.bias = nnx.Param(down), nnx.Param(up), nnx.Param(bias)
+
+    def __call__(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
+        return x + project(project(x, self.down.get_value()), self.up.get_value()) + self.bias[...]
+
+
 class Embedding(nnx.Module):
     """A lookup table (entries, features)."""
 

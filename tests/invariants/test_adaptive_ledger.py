@@ -6,6 +6,7 @@ from qs_jax.adaptive.ledger import Costs
 from qs_jax.adaptive.policy import Halting
 from tests.invariants.cases import DECODE_LAYERS, LAYERS, PROMPT_LAYERS, QUICK, Case, each, halfway
 from tests.invariants.running import Run, run
+from tests.tiny import LENS_RANK
 
 
 def signal_flops(case: Case, halting: Halting, *, lens: bool = True) -> int:
@@ -30,7 +31,7 @@ def prompt_flops(case: Case, costs: Costs, engine: Run, places: int) -> int:
         total += places * (layer.flops + costs.attention_flops_per_slot * (places + resting))
         total += resting * (layer.kv_flops if case.policy.kv_rule in ("frozen", "affine") else 0)
         if case.policy.kv_rule == "affine" and number + 1 < LAYERS:
-            total += resting * 2 * case.model.config.hidden_size**2
+            total += resting * 4 * LENS_RANK * case.model.config.hidden_size
     per_verdict = signal_flops(case, prompt) + 8 * case.model.config.hidden_size
     return total + len(PROMPT_LAYERS) * places * per_verdict
 
@@ -42,7 +43,7 @@ def step_flops(case: Case, costs: Costs, ran: int, capacity: int) -> int:
     total = costs.head_flops + ("previous_entropy" in decode.sources) * 6 * config.vocab_size
     for number, layer in enumerate(costs.layers):
         rests = layer.kv_flops if case.policy.kv_rule in ("frozen", "affine") else 0
-        rests += 2 * case.model.config.hidden_size**2 if case.policy.kv_rule == "affine" else 0
+        rests += 4 * LENS_RANK * config.hidden_size if case.policy.kv_rule == "affine" else 0
         total += layer.flops + costs.attention_flops_per_slot * (capacity + 1) if number < ran else rests
     return total + sum(signal_flops(case, decode, lens=after <= ran) for after in DECODE_LAYERS)
 

@@ -12,7 +12,7 @@ from convert.parts import Parts
 from convert.pipeline import convert
 from convert.source import Source
 from qs_jax.adaptive.policy import Halting, Policy
-from qs_jax.errors import CheckpointError, PolicyError
+from qs_jax.errors import CheckpointError, EvaluationError, PolicyError
 from qs_jax.evaluation import lens as fitting
 from qs_jax.evaluation.lens import fit_lens
 from qs_jax.generation import generate
@@ -30,6 +30,7 @@ HALTING = Policy(
     protect_first=1,
     protect_last=1,
 )
+SOUND = {"down": np.zeros((1, 4, HIDDEN)), "up": np.zeros((1, HIDDEN, 4)), "biases": np.zeros((1, HIDDEN))}
 AFFINE = replace(HALTING, kv_rule="affine")
 
 
@@ -47,14 +48,15 @@ def test_it_is_the_least_squares_map_of_each_layer(monkeypatch: pytest.MonkeyPat
     """Without a penalty, against numpy on the very tokens that count: not sinks, nor every fourth window."""
     monkeypatch.setattr(fitting, "PENALTIES", (0.0,))
     model = tiny_model("llama", LAYERS)
-    fit = fit_lens(model, WINDOWS)
+    fit = fit_lens(model, WINDOWS, rank=HIDDEN)
     used = [n for n in range(len(WINDOWS)) if n % 4 != 3]
     stream = states(model, WINDOWS)[:, :, SINKS:]
     for layer in range(1, LAYERS):
         before, after = (stream[n].reshape(len(WINDOWS), -1, HIDDEN) for n in (layer, layer + 1))
         x, y = (part[used].reshape(-1, HIDDEN) for part in (before, after - before))
         solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
-        np.testing.assert_allclose(fit.lens.kernels[layer - 1], solution[:-1].T, rtol=0, atol=2e-3)
+        kernel = fit.lens.up[layer - 1] @ fit.lens.down[layer - 1]
+        np.testing.assert_allclose(kernel, solution[:-1].T, rtol=0, atol=2e-3)
         np.testing.assert_allclose(fit.lens.biases[layer - 1], solution[-1], rtol=0, atol=2e-3)
         x, y = (np.delete(part, used, axis=0).reshape(-1, HIDDEN) for part in (before, after - before))
         error = np.square(y - np.c_[x, np.ones(len(x))] @ solution).sum()
@@ -67,7 +69,8 @@ def test_the_penalty_is_the_one_that_predicts_other_text_best() -> None:
     stream = states(model, new)[:, :, SINKS:].reshape(LAYERS + 1, -1, HIDDEN)
 
     def error(lens: Lens) -> float:
-        carried = [x + x @ k.T + b for x, k, b in zip(stream[1:], lens.kernels, lens.biases, strict=False)]
+        maps = zip(stream[1:], lens.down, lens.up, lens.biases, strict=False)
+        carried = [x + x @ d.T @ u.T + b for x, d, u, b in maps]
         return float(sum(np.square(c - y).sum() for c, y in zip(carried, stream[2:], strict=True)))
 
     chosen = fit_lens(model, few).lens
@@ -79,12 +82,12 @@ def test_the_penalty_is_the_one_that_predicts_other_text_best() -> None:
 def test_special_tokens_do_not_count() -> None:
     model = tiny_model("llama", LAYERS)
     marked = replace(model, config=replace(model.config, bos_token_id=50))
-    assert not np.allclose(fit_lens(model, WINDOWS).lens.kernels, fit_lens(marked, WINDOWS).lens.kernels, atol=1e-5)
+    assert not np.allclose(fit_lens(model, WINDOWS).lens.biases, fit_lens(marked, WINDOWS).lens.biases, atol=1e-5)
 
 
 def test_a_lens_that_adds_nothing_is_the_frozen_state() -> None:
     model = tiny_model("gpt2", LAYERS)
-    nothing = Lens(np.zeros((LAYERS - 1, HIDDEN, HIDDEN)), np.zeros((LAYERS - 1, HIDDEN)))
+    nothing = Lens(np.ones((LAYERS - 1, 2, HIDDEN)), np.zeros((LAYERS - 1, HIDDEN, 2)), np.zeros((LAYERS - 1, HIDDEN)))
     with_nothing = replace(model, network=with_lens(model.network, nothing), name="gpt2 with an empty lens")
     frozen = generate(model, PROMPTS, policy=HALTING, max_new_tokens=12)
     affine = generate(with_nothing, PROMPTS, policy=AFFINE, max_new_tokens=12)
@@ -103,20 +106,22 @@ def test_without_a_lens_the_rule_is_refused() -> None:
 
 def test_it_is_read_as_it_was_written_whatever_its_layout(tmp_path: Path) -> None:
     rng, config = np.random.default_rng(0), tiny_model("llama", LAYERS).config
-    kernels = rng.normal(size=(LAYERS - 1, HIDDEN, HIDDEN)).astype(np.float32).transpose(0, 2, 1)
-    Lens(kernels, np.ones((LAYERS - 1, HIDDEN))).save(tmp_path / LENS_FILE)
+    up = rng.normal(size=(LAYERS - 1, 5, HIDDEN)).astype(np.float32)
+    Lens(up[:, ::-1], up.transpose(0, 2, 1), np.ones((LAYERS - 1, HIDDEN))).save(tmp_path / LENS_FILE)
     again = Lens.load(tmp_path / LENS_FILE, config)
-    np.testing.assert_array_equal(again.kernels, kernels)
+    np.testing.assert_array_equal(again.down, up[:, ::-1])
+    np.testing.assert_array_equal(again.up, up.transpose(0, 2, 1))
     np.testing.assert_array_equal(again.biases, 1.0)
 
 
 @pytest.mark.parametrize(
     ("arrays", "complaint"),
     [
-        ({"kernels": np.zeros((1, 8, 8)), "biases": np.zeros((1, 8))}, "is no lens for"),
-        ({"kernels": np.zeros((1, HIDDEN, HIDDEN))}, "is no lens for"),
-        ({"kernels": np.full((1, HIDDEN, HIDDEN), np.nan), "biases": np.zeros((1, HIDDEN))}, "no finite number"),
-        ({"kernels": np.zeros((1, HIDDEN, HIDDEN)), "biases": np.zeros((1, HIDDEN), np.int64)}, "no finite number"),
+        ({"down": np.zeros((1, 4, 8)), "up": np.zeros((1, 8, 4)), "biases": np.zeros((1, 8))}, "is no lens for"),
+        ({"down": np.zeros((1, 4, HIDDEN))}, "is no lens for"),
+        ({"down": np.zeros(3), "biases": np.zeros((1, HIDDEN))}, "is no lens for"),
+        ({**SOUND, "up": np.full((1, HIDDEN, 4), np.nan)}, "no finite number"),
+        ({**SOUND, "biases": np.zeros((1, HIDDEN), np.int64)}, "no finite number"),
         (None, "cannot be read as a lens"),
     ],
 )
@@ -165,3 +170,21 @@ def test_too_little_text_and_a_model_of_one_layer_are_refused(tmp_path: Path) ->
     assert (status, "too short to fit a lens on" in errors) == (2, True)
     with pytest.raises(Exception, match="one layer has nothing to skip"):
         fit_lens(tiny_model("llama", 1), WINDOWS)
+    with pytest.raises(EvaluationError, match="rank is 33, expected a whole number from 1 to 32"):
+        fit_lens(tiny_model("llama"), WINDOWS, rank=33)
+
+
+def test_of_all_maps_of_a_rank_it_is_the_best() -> None:
+    """On the very tokens it was fitted on no step away from it does better, and more rank explains more."""
+    model = tiny_model("llama", LAYERS)
+    explained = [fit_lens(model, WINDOWS, rank=rank).explained for rank in (1, 4, 16, HIDDEN)]
+    assert (np.diff(explained, axis=0) > -0.01).all()
+    assert np.mean(explained[0]) < np.mean(explained[2])
+    stream = states(model, WINDOWS)[:, [n for n in range(len(WINDOWS)) if n % 4 != 3], SINKS:]
+    x, y = stream[1].reshape(-1, HIDDEN), (stream[2] - stream[1]).reshape(-1, HIDDEN)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fitting, "PENALTIES", (0.0,))
+        lens = fit_lens(model, WINDOWS, rank=4).lens
+    solution = np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=None)[0]
+    leading = np.linalg.svd((x - x.mean(0)) @ solution, full_matrices=False)[2][:4]
+    np.testing.assert_allclose((lens.up[0] @ lens.down[0]).T, solution @ leading.T @ leading, rtol=0, atol=2e-3)
