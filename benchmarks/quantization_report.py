@@ -20,11 +20,12 @@ from `benchmarks/results/quantization_*.json` and `quantized_decode.json`, which
 * **rtn** reads the middle of a coarser code's cell. **refit** chooses ranges, codes, and scales and offsets per slice
   by what inputs weigh. **gptq** also makes up for each input's error, for all three readings at once. **+tune** moves
   scales and offsets by gradient against the block's output.
-* **independent gptq** is three models, each fitted for one precision alone: the difference to gptq is what nesting
+* **companded** levels stand closer where weights are many (`qs-convert --codebook companded`); all else is evenly spaced.
+* **independent** is three models, each fitted for one precision alone: the difference to the same method is what nesting
   costs.
 
 Fitted on training text, judged on other text; all kernels of the blocks, group 64, embedding and head dense. Not built:
-a rotation before quantization; codebooks with uneven levels are read but no method fits one.
+a rotation before quantization.
 """
 
 
@@ -41,6 +42,17 @@ def table(result: dict[str, Any]) -> str:
         cells = [_cell(row["perplexity"][b], result["dense"]) for b in BITS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['encode_s']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def nesting(result: dict[str, Any]) -> str:
+    """How far the nested readings lie above those of models fitted for one precision alone."""
+    rows, said = result["rows"], []
+    for name in ("gptq", "gptq, companded", "gptq+tune", "gptq+tune, companded"):
+        alone = rows.get(f"independent {name.partition(',')[0]}")
+        if name in rows and alone is not None:
+            costs = (f"{rows[name]['perplexity'][b] / alone['perplexity'][b] - 1:+.1%} at {b} bits" for b in BITS)
+            said.append(f"{name} {', '.join(costs)}")
+    return f"What nesting costs: {'; '.join(said)}.\n" if said else ""
 
 
 def _cell(perplexity: float, dense: float) -> str:
@@ -104,7 +116,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
             f"calibrated on {result['calibration_tokens']:,}. "
             f"Stored kernels take {result['bytes_fraction']:.3f} of float32.\n\n"
         )
-        parts.append(table(result))
+        parts += [table(result), f"\n{cost}" if (cost := nesting(result)) else ""]
     return "".join((*parts, kernels(), decode()))
 
 
