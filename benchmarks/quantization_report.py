@@ -20,9 +20,10 @@ from `benchmarks/results/quantization_*.json` and `quantized_decode.json`, which
 * **rtn** reads the middle of a coarser code's cell. **refit** chooses ranges, codes, and scales and offsets per slice
   by what inputs weigh. **gptq** also makes up for each input's error, for all three readings at once. **+tune** moves
   scales and offsets by gradient against the block's output.
-* **companded** levels stand closer where weights are many (`qs-convert --codebook companded`); all else is evenly spaced.
-* **independent** is three models, each fitted for one precision alone: the difference to the same method is what nesting
-  costs.
+* **companded** levels stand closer where weights are many (`qs-convert --codebook companded`); all others are evenly
+  spaced.
+* **independent** is three models, each fitted for one precision alone: the difference to the same method is what
+  nesting costs.
 
 Fitted on training text, judged on other text; all kernels of the blocks, group 64, embedding and head dense. Not built:
 a rotation before quantization.
