@@ -29,7 +29,7 @@ class Source:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._home: dict[str, Path] = {}
         for path in sorted(set(self._files.values())) if self._files else [folder / _SINGLE]:
-            _refuse_link_out(folder, path)
+            refuse_link_out(folder, path)
             self._read_header(path)
         absent = sorted(set(self._files) - set(self._home))
         if absent:
@@ -144,7 +144,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return {name: folder / file for name, file in files.items()}
 
 
-def _refuse_link_out(folder: Path, file: Path) -> None:
+def refuse_link_out(folder: Path, file: Path) -> None:
     """A folder from elsewhere must not make us read what lies outside it; the hub's cache links to its own store.
 
     Raises:

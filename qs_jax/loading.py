@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from convert.parts import Parts, hf_config, stored_as
-from convert.source import Source, locate
+from convert.source import Source, locate, refuse_link_out
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError, TokenizerError
@@ -74,6 +74,7 @@ def load(
     config, arrays = _read_converted(folder, chosen, verify) if is_converted(folder) else _read_source(folder, chosen)
     network = network_from_arrays(config, arrays, dtype=chosen)
     if (folder / LENS_FILE).is_file():
+        refuse_link_out(folder, folder / LENS_FILE)
         network = with_lens(network, Lens.load(folder / LENS_FILE, config))
     return Model(config, network, _tokenizer(folder), chosen, str(path_or_id))
 

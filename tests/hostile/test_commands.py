@@ -12,6 +12,7 @@ import pytest
 from qs_jax.adaptive.policy import Policy
 from qs_jax.evaluation.text import read_documents
 from qs_jax.evaluation.windows import Plan, cut
+from qs_jax.lens import LENS_FILE
 from qs_jax.loading import load
 from qs_jax.request import bind_policy
 from tests.folders import write_folder
@@ -156,6 +157,10 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     shard.rename(tmp_path / "shard")
     shard.symlink_to("../shard")
     refused("is a link out of its folder", "generate", sharded, "--prompt", "once")
+    lensed = write_folder(tmp_path / "lensed", "llama", tokenizer=True)
+    (tmp_path / "lens").write_bytes(b"whatever")
+    (lensed / LENS_FILE).symlink_to("../lens")
+    refused("is a link out of its folder", "generate", lensed, "--prompt", "once")
 
 
 def test_the_hubs_cache_links_to_its_own_store(tmp_path: Path) -> None:
