@@ -159,8 +159,9 @@ greedy choice.
 `python -m benchmarks.layer_convergence` writes this page, the figure and `benchmarks/results/layer_convergence.json`.
 
 Both models are briefly trained (their cards say how much). The likely reason for their early convergence is that the
-later layers have learnt little yet (not tested), so it should not be taken for what a fully trained model lets one halt.
-The first layer's update is hundreds of times as long as the embedding, for every token alike: later drifts are relative to that.
+later layers have learnt little yet (not tested), so it should not be taken for what a fully trained model lets one
+halt. The first layer's update is hundreds of times as long as the embedding, for every token alike: later drifts are
+relative to that.
 """
 
 
