@@ -28,7 +28,7 @@ PROMPTS = (
     'He ran to his mom and showed her the box. His mom looked at it and said, "Be careful, Tom. Let us open it '
     'together." Tom sat down on the soft grass and they opened the box. Inside, they saw',
 )
-SETTINGS = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.4, "top_p": 0.9, "seed": 2}
+SETTINGS = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.4, "top_p": 0.9, "seed": 3}
 WAYS = {"dense": "off", "QuickSilver": str(MODEL / "policy.json")}
 """The shipped policy was calibrated for at most +0.2 perplexity."""
 
