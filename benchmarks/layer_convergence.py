@@ -20,6 +20,7 @@ Outcome: the opposite. The lens is within 10 % of the final perplexity after hal
 training most layers hardly matter yet; such a model says little about what a trained one lets one halt.
 
 Prediction for the same models after three times the tokens: they settle later, the oracle runs 45 % and 60 %.
+Outcome, after 3.3 and 2.8 million tokens: 54 % and 62 %, and a lens that falls all the way. The reason holds.
 """
 
 import argparse
@@ -158,10 +159,10 @@ greedy choice.
 
 `python -m benchmarks.layer_convergence` writes this page, the figure and `benchmarks/results/layer_convergence.json`.
 
-Both models are briefly trained (their cards say how much). The likely reason for their early convergence is that the
-later layers have learnt little yet (not tested), so it should not be taken for what a fully trained model lets one
-halt. The first layer's update is hundreds of times as long as the embedding, for every token alike: later drifts are
-relative to that.
+Both models are briefly trained (their cards say how much), and that matters: after under a million tokens the oracle
+ran 37 % (GPT-2) and 52 % (Llama) of the layers, after three to four times as many what stands below. A fully trained
+model will settle later still. The first layer's update is hundreds of times as long as the embedding, for every token
+alike: later drifts are relative to that.
 """
 
 

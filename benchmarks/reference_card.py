@@ -129,6 +129,9 @@ Sources: 90 English novels of 1839–1930 (public domain), C4 (ODC-BY), WikiText
 The first {reference_text.LIMIT:,} tokens of each, in windows of {reference_text.WINDOW} that overlap by half,
 separators between documents counted; float32. `python -m benchmarks.reference_card reference_models/{name}` measures
 all of it again and writes this page and `benchmarks/results/reference_{name}.json`.
+
+`policy.json` was calibrated for at most +0.2 perplexity, and needs `lens.safetensors`; both are written by
+`python -m benchmarks.quality {name} --ship`, see `docs/results.md`.
 """
 
 
