@@ -43,19 +43,24 @@ def common_options(*, loads: bool = True) -> Callable[[Callable[..., None]], Cal
     added = {**(_LOADING if loads else {}), **_PRINTING}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def run(**given: Any) -> None:
-            loading = {name: given.pop(name) for name in _LOADING if name in added}
-            common = Common(loading, **{name: given.pop(name) for name in _PRINTING})
-            command(**given, common=common)
-
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "common"]
         shared = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
             for name, (kind, default) in added.items()
         ]
+        signature = inspect.Signature([*own, *shared])
+
+        @wraps(command)
+        def run(*positional: Any, **named: Any) -> None:
+            bound = signature.bind(*positional, **named)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            loading = {name: given.pop(name) for name in _LOADING if name in added}
+            common = Common(loading, **{name: given.pop(name) for name in _PRINTING})
+            command(**given, common=common)
+
         # typer reads both of these
-        run.__signature__ = inspect.Signature([*own, *shared])  # pyright: ignore[reportAttributeAccessIssue]
+        run.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
         return run
 

@@ -22,7 +22,9 @@ BENCH = FakeBench(seed=0)
 PAUSE = 0.001
 """Seconds that a score takes."""
 
-_MODEL = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=DEPTH), network=None, name="known")
+_MODEL = SimpleNamespace(
+    config=SimpleNamespace(num_hidden_layers=DEPTH), network=SimpleNamespace(shortcuts=None), name="known"
+)
 _WINDOWS = [Window((0,) * PREFIX, (number,), ("",) * PREFIX, ("",)) for number in range(40)]
 
 
