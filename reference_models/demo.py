@@ -78,7 +78,7 @@ def saved(values: list[float]) -> list[str]:
     """The last value's saving against the first, in colour; nothing where there is only one."""
     if len(values) < 2:
         return []
-    share = 1 - values[-1] / values[0]
+    share = round(1 - values[-1] / values[0], 2) or 0.0  # never -0 %
     return [f"[{'green' if share > 0 else 'yellow'}]{share:.0%}[/]"]
 
 
