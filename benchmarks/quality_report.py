@@ -14,14 +14,10 @@ _HEAD = "| policy | perplexity | increase (95 %) | FLOPs saved | weight bytes sa
 
 
 def write_report(paths: Mapping[str, Path]) -> None:
-    """Put the block of every result that is there between its markers.
-
-    Raises:
-        ValueError: the page lacks the markers of a result.
-    """
+    """Put the block of every result that is there between its markers; a page without them is left as it is."""
     page = PAGE.read_text("utf-8")
     for name, path in paths.items():
-        if path.is_file():
+        if path.is_file() and f"<!-- {name} -->" in page:
             page = replaced(page, name, block(json.loads(path.read_text("utf-8"))))
     PAGE.write_text(page, "utf-8")
 
