@@ -9,9 +9,8 @@ Fitted on training text, judged on other text (the documents of benchmarks/quali
 All kernels of all blocks are quantised, group 64; embedding and head stay dense. `independent` fits one model for each
 precision, all else equal: what nesting costs is the difference to the same method.
 
-Prediction, before the rows with a companded codebook and with other weights of the precisions (64, 4, 1 for 256, 64,
-1), from single fits of stories3M: 4 bits 1 % above the independent fit, 2 bits 1.3 to 1.4 times, companded a tenth
-better.
+Prediction, before the rows with a companded codebook, from single fits of stories3M: 4 bits a percent better, 2 bits a
+tenth.
 """
 
 import argparse

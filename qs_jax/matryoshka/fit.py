@@ -34,16 +34,14 @@ class Fit:
     Attributes:
         method: one of METHODS.
         group_size: inputs that share a scale and an offset.
-        weights: what the squared error of weights counts at 8, 4 and 2 bits. Errors shrink some 16 times from 2 to 4
-            bits and 200 times from 4 to 8, so that these leave most of what nesting costs to where there is
-            slack, and 2 bits some of what they need: measured in benchmarks/quantization.py.
+        weights: what the squared error of weights counts at 8, 4 and 2 bits.
         tuning: the budget of the last step of gptq+tune.
         bend: curvature of the codebook: `EVEN` or `COMPANDED`.
     """
 
     method: str = "gptq+tune"
     group_size: int = 64
-    weights: SliceWeights = (64.0, 4.0, 1.0)
+    weights: SliceWeights = (256.0, 64.0, 1.0)
     tuning: Tuning = field(default_factory=Tuning)
     bend: Bend = EVEN
 
