@@ -47,14 +47,20 @@ def ladder(estimates: Iterable[Estimate], budget: float, dense_cost: float, step
     """Of what seems affordable, the safest estimate of each equal step of saving: from saving little to saving most.
 
     Ordered by saving, which is known, and not by risk, which the search only guesses: one bold candidate that happens
-    to look harmless must not push the timid ones off the path, for if it fails the test nothing is left.
+    to look harmless must not push the timid ones off the path, for if it fails the test nothing is left. Left out is
+    only what takes more than half of the budget though a later step takes less: failing there would hide the better.
     """
     affordable = [estimate for estimate in estimates if estimate.risk <= budget and estimate.cost < dense_cost]
     most = max((dense_cost - estimate.cost for estimate in affordable), default=0.0)
     safest: dict[int, Estimate] = {}
     for estimate in sorted(affordable, key=lambda e: (e.risk, e.cost)):
         safest.setdefault(math.ceil(steps * (dense_cost - estimate.cost) / most), estimate)
-    return [safest[step] for step in sorted(safest)]
+    path = [safest[step] for step in sorted(safest)]
+    return [
+        estimate
+        for place, estimate in enumerate(path)
+        if estimate.risk <= budget / 2 or all(estimate.risk <= later.risk for later in path[place + 1 :])
+    ]
 
 
 def accepted(path: Sequence[T], p_value: Callable[[T], float], level: float) -> list[T]:

@@ -83,9 +83,8 @@ def test_a_calibrated_policy_stays_within_its_budget_as_often_as_promised() -> N
         over += true > budget
         saved.append(layers_saved(policy))
     assert over / trials <= (1 - confidence) + 0.05
-    assert over > 0  # the promise is used, not avoided by never saving anything
     best = np.sqrt(np.log(1 + budget / np.exp(2.0)) / 0.3)
-    assert np.mean(saved) > 0.7 * best
+    assert np.mean(saved) > 0.78 * best  # the promise is used, not kept by saving nothing; measured 0.83
 
 
 def test_a_budget_too_small_for_anything_gives_the_dense_model() -> None:
@@ -139,6 +138,11 @@ def test_a_lucky_bold_candidate_does_not_hide_the_timid_ones() -> None:
     estimates = [Estimate(n, risk, cost) for n, (risk, cost) in enumerate(zip(risks, costs, strict=True))]
     assert [e.place for e in ladder(estimates, 0.2, 100.0, 5)] == [2, 3, 4]
     assert ladder(estimates[:1], 0.2, 100.0, 5) == []
+
+
+def test_a_bold_step_does_not_hide_a_later_one_that_risks_less() -> None:
+    estimates = [Estimate(0, 0.02, 0.9), Estimate(1, 0.18, 0.7), Estimate(2, 0.05, 0.5), Estimate(3, 0.19, 0.4)]
+    assert [estimate.place for estimate in ladder(estimates, 0.2, 1.0, 12)] == [0, 2, 3]
 
 
 def test_testing_stops_at_the_first_failure() -> None:
