@@ -162,7 +162,8 @@ greedy choice.
 Both models are briefly trained (their cards say how much), and that matters: after under a million tokens the oracle
 ran 37 % (GPT-2) and 52 % (Llama) of the layers, after three to four times as many what stands below. A fully trained
 model will settle later still. The first layer's update is hundreds of times as long as the embedding, for every token
-alike: later drifts are relative to that.
+alike: later drifts are relative to that. (The first figures are from the same command on the earlier weights: see the
+history of the result file.)
 """
 
 

@@ -190,10 +190,8 @@ class Unfinished:
                 leaves = {leaf: arrays[f"{name}.{leaf}"] for leaf in LEAVES}
                 leaves["scales"] = leaves["scales"].view(SCALE_DTYPE)
                 kernel = abstract_kernel(tuple(about["shape"]), about["group_size"])
-                kernel = replace(kernel, bend=tuple(about["bend"]))
-                fitted[name] = Fitted(
-                    replace(kernel, **{k: jnp.asarray(v) for k, v in leaves.items()}), about["errors"]
-                )
+                leaves = {leaf: jnp.asarray(array) for leaf, array in leaves.items()}
+                fitted[name] = Fitted(replace(kernel, bend=tuple(about["bend"]), **leaves), about["errors"])
         return fitted
 
     def remove(self) -> None:

@@ -47,7 +47,7 @@ def convert(
     calibration_tokens: Annotated[int, typer.Option(help="How many of its tokens to take.")] = 16384,
     group_size: Annotated[int, typer.Option(help="With --quantize: inputs that share a scale; a multiple of 8.")] = 64,
     codebook: Annotated[
-        str, typer.Option(help="With --quantize: even levels, or companded: better at 4 and 2 bits, slower on a CPU.")
+        str, typer.Option(help="With --quantize: even levels, or companded: nearer at 4 and 2 bits, more to compute.")
     ] = "even",
     exclude: Annotated[
         str, typer.Option(help="With --quantize: module paths that stay dense, as a regular expression.")

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qs_jax.adaptive.policy import Halting, KvRule, Policy
-from qs_jax.evaluation.candidates import Space
+from qs_jax.evaluation import candidates
+from qs_jax.evaluation.candidates import Space, all_at
 from qs_jax.evaluation.observation import observe
 from qs_jax.evaluation.scoring import Scores
 from qs_jax.evaluation.windows import Window
@@ -18,19 +19,15 @@ from qs_jax.loading import Model
 
 def uniform_stops(space: Space, prefix: int, *, lens: bool = False) -> list[Policy]:
     """All of the prompt stops after the same layer: with frozen keys and values, and with those of the lens."""
-    if prefix <= 1:
-        return []
-    neutral = space.neutral(prefix)
     rules: dict[KvRule, str] = {"frozen": "", **({"affine": ", lens"} if lens else {})}
     return [
-        replace(
-            neutral,
-            name=f"prompt stops after {layer}{suffix}",
-            prompt_halting=_all_at(neutral.prompt_halting, layer),
-            kv_rule=rule,
-        )
+        replace(policy, name=f"prompt stops after {layer}{suffix}")
         for rule, suffix in rules.items()
-        for layer in reversed(space.prompt_layers)
+        for layer, policy in zip(
+            reversed(space.prompt_layers),
+            candidates.uniform_stops(replace(space, kv_rule=rule), prefix),
+            strict=False,  # there are none without a prompt
+        )
     ]
 
 
@@ -41,17 +38,11 @@ def fixed_depths(space: Space, prefix: int) -> list[Policy]:
         replace(
             neutral,
             name=f"fixed depth {layer}",
-            prompt_halting=_all_at(neutral.prompt_halting, layer),
-            decode_halting=_all_at(neutral.decode_halting, layer),
+            prompt_halting=all_at(neutral.prompt_halting, layer),
+            decode_halting=all_at(neutral.decode_halting, layer),
         )
         for layer in reversed(space.decode_layers)
     ]
-
-
-def _all_at(halting: Halting | None, layer: int) -> Halting | None:
-    if halting is None or halting.layers is None:
-        return None
-    return replace(halting, thresholds=tuple(math.inf if n == layer else 0.0 for n in halting.layers))
 
 
 def random_halting(policy: Policy, scores: Scores) -> list[Policy]:

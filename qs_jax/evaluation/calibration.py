@@ -21,6 +21,7 @@ from qs_jax.evaluation.candidates import (
     stop_decode,
     stop_prompt,
     stripped,
+    uniform_stops,
 )
 from qs_jax.evaluation.measurements import Measured, Part
 from qs_jax.evaluation.observation import Observed
@@ -103,7 +104,7 @@ def calibrate(bench: Bench, space: Space, observed: Observed, prefix: int, goals
     `qs_jax.evaluation.risk`.
     """
     pool = search(bench, space, observed, prefix, [goal.budget for goal in goals])
-    return [_choose(bench, pool, space, observed, prefix, goal) for goal in goals]
+    return [_choose(bench, pool, space, prefix, goal) for goal in goals]
 
 
 def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets: Sequence[float]) -> list[Policy]:
@@ -120,22 +121,14 @@ def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets:
     if neutral.precision:
         parts.append(_until(bench, [lower_bits(neutral, observed, share) for share in BITS_SHARES], most))
     found = [policy for part in parts for policy in part] + _combinations(bench, neutral, parts, budgets)
-    frozen = _uniform_stops(replace(space, kv_rule="frozen"), observed, prefix)
+    frozen = uniform_stops(replace(space, kv_rule="frozen"), prefix)
     return found + [policy for policy in _until(bench, frozen, most) if policy not in found]
-
-
-def _uniform_stops(space: Space, observed: Observed, prefix: int) -> list[Policy]:
-    """All of the prompt stops after a layer: the baseline, from the last candidate layer down."""
-    neutral = space.neutral(prefix)
-    if neutral.prompt_halting is None:
-        return []
-    return [stop_prompt(neutral, observed, {layer: 1.0}) for layer in reversed(space.prompt_layers)]
 
 
 def _prompt_pool(bench: Bench, space: Space, observed: Observed, prefix: int, budgets: Sequence[float]) -> list[Policy]:
     """Uniform stops until they cost too much, and per-token choices around the last affordable one of each budget."""
     neutral = space.neutral(prefix)
-    uniform = _until(bench, _uniform_stops(space, observed, prefix), max(budgets))
+    uniform = _until(bench, uniform_stops(space, prefix), max(budgets))
     layers = tuple(reversed(space.prompt_layers))
     shares: list[dict[int, float]] = []
     for budget in budgets:
@@ -185,13 +178,11 @@ def _combinations(
     return found
 
 
-def _choose(
-    bench: Bench, pool: Sequence[Policy], space: Space, observed: Observed, prefix: int, goal: Goal
-) -> Calibrated:
+def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goal: Goal) -> Calibrated:
     """Test the search's best in order, and the uniform stops beside them."""
 
     def best_stop(rule: KvRule) -> dict[str, Any] | None:
-        known = [p for p in _uniform_stops(replace(space, kv_rule=rule), observed, prefix) if p in pool]
+        known = [p for p in uniform_stops(replace(space, kv_rule=rule), prefix) if p in pool]
         trusted = _tested(bench, known, goal)[1]
         return _row(bench, trusted[-1], goal, True) if trusted else None
 

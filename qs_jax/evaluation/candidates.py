@@ -61,6 +61,24 @@ def quantile(values: np.ndarray, share: float) -> float:
     return math.inf if share >= 1 or not values.size else float(np.quantile(values, share))
 
 
+def all_at(halting: Halting | None, layer: int) -> Halting | None:
+    """All tokens halt after the same layer."""
+    if halting is None or halting.layers is None:
+        return None
+    return replace(halting, thresholds=tuple(math.inf if n == layer else 0.0 for n in halting.layers))
+
+
+def uniform_stops(space: Space, prefix: int) -> list[Policy]:
+    """All of the prompt stops after a layer: from the last candidate layer down."""
+    neutral = space.neutral(prefix)
+    if neutral.prompt_halting is None:
+        return []
+    return [
+        replace(neutral, prompt_halting=all_at(neutral.prompt_halting, layer))
+        for layer in reversed(space.prompt_layers)
+    ]
+
+
 def stop_prompt(base: Policy, observed: Observed, shares: dict[int, float]) -> Policy:
     """Prompt tokens halt after the given layers: of those that still run, about that share."""
     halting = base.prompt_halting

@@ -13,7 +13,7 @@ from scipy.linalg import eigh, svd
 from qs_jax.errors import EvaluationError
 from qs_jax.lens import Lens
 from qs_jax.loading import Model
-from qs_jax.matryoshka.calibration import batches, run
+from qs_jax.matryoshka.calibration import run_all
 from qs_jax.models.base import CausalLM
 
 Tokens = Float[np.ndarray, "tokens hidden"]
@@ -88,12 +88,12 @@ def fit_lens(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     counted = ~np.isin(windows, model.special_ids)
     counted[:, :_SINKS] = False
-    states = [np.asarray(batch, np.float32) for batch in batches(_embed(model.network, tokens, positions))]
+    states = _embed(model.network, tokens, positions)
     maps: list[_Map] = []
     for number, block in enumerate(model.network.blocks):
-        after = [np.asarray(_run(block, jnp.asarray(batch, model.dtype)), np.float32) for batch in states]
+        after = run_all(block, states)
         if number:
-            maps.append(_fit(np.concatenate(states), np.concatenate(after), counted, rank))
+            maps.append(_fit(np.asarray(states, np.float32), np.asarray(after, np.float32), counted, rank))
         states = after
         advance()
     arrays = (np.stack([getattr(found, name) for found in maps]) for name in ("down", "up", "bias"))
@@ -103,9 +103,6 @@ def fit_lens(
 @jax.jit
 def _embed(model: CausalLM, tokens: Int[Array, "windows tokens"], positions: Int[Array, "windows tokens"]) -> Array:
     return model.embed(tokens, positions)
-
-
-_run = jax.jit(run)
 
 
 class _Map(NamedTuple):

@@ -72,9 +72,9 @@ class FakeBench:
         return self.of(policy, "search").layers_run / DEPTH
 
 
-def test_a_calibrated_policy_stays_within_its_budget_as_often_as_promised() -> None:
-    """Against the true increase, over many calibrations, each with its own windows and its own search."""
-    budget, confidence, trials = 0.2, 0.9, 150
+def calibrated_often(budget: float, confidence: float, trials: int) -> tuple[float, float]:
+    """Over many calibrations, each with its own windows and its own search: how often the true increase is above the
+    budget, and how much of what would be best is saved."""
     over, saved = 0, []
     for seed in range(trials):
         bench = FakeBench(seed)
@@ -82,9 +82,22 @@ def test_a_calibrated_policy_stays_within_its_budget_as_often_as_promised() -> N
         true = np.exp(2.0) * (np.exp(bench.true_shift(policy)) - 1)
         over += true > budget
         saved.append(layers_saved(policy))
-    assert over / trials <= (1 - confidence) + 0.05
     best = np.sqrt(np.log(1 + budget / np.exp(2.0)) / 0.3)
-    assert np.mean(saved) > 0.78 * best  # the promise is used, not kept by saving nothing; measured 0.83
+    return over / trials, float(np.mean(saved) / best)
+
+
+def test_a_calibrated_policy_stays_within_its_budget_as_often_as_promised() -> None:
+    confidence = 0.9
+    over, saved = calibrated_often(0.2, confidence, 150)
+    assert over <= (1 - confidence) + 0.05
+    assert saved > 0.78  # measured 0.81
+
+
+def test_the_promise_is_used_not_avoided_by_never_saving_anything() -> None:
+    """Promised half of the time, it is broken some of the time; measured 18 %, and 0.90 of the best saved."""
+    over, saved = calibrated_often(0.2, 0.5, 60)
+    assert 0 < over <= 0.5
+    assert saved > 0.84
 
 
 def test_a_budget_too_small_for_anything_gives_the_dense_model() -> None:
