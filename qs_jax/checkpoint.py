@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -57,14 +58,11 @@ def replacing(target: Path, *, overwrite: bool, marker: str = MANIFEST) -> Itera
         raise CheckpointError(f"{target}: exists already; give another folder or --overwrite")
     if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: holds no {marker}, so it is never overwritten; remove it yourself")
+    # named before it exists, so that no interrupt comes between making it and being bound to remove it
+    work, held = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}"), None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
-    held = _hold(work)
-    try:
+        _make(work, target)
+        held = _hold(work)
         yield work
         _sync(work)
         work.chmod(0o755)
@@ -75,6 +73,15 @@ def replacing(target: Path, *, overwrite: bool, marker: str = MANIFEST) -> Itera
         shutil.rmtree(work, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def _make(work: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        work.mkdir(mode=0o700)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def _hold(folder: Path) -> int | None:
@@ -127,8 +134,9 @@ def write_part(folder: Path, part: str, arrays: Arrays) -> None:
         CheckpointError: the disk is full or cannot be written.
     """
     try:
-        with _quiet_orbax() as orbax:
-            orbax.save_pytree((folder / _WEIGHTS / part).absolute(), _nested(arrays))
+        # In a thread of its own: an interrupt waits for Orbax's writers here, so that nothing comes after the clean-up.
+        with _quiet_orbax() as orbax, ThreadPoolExecutor(1) as writer:
+            writer.submit(orbax.save_pytree, (folder / _WEIGHTS / part).absolute(), _nested(arrays)).result()
     except Exception as error:  # Orbax and TensorStore raise almost anything on a full disk
         raise CheckpointError(f"{folder / _WEIGHTS / part}: cannot be written ({_reason(error)})") from error
 
