@@ -1,7 +1,9 @@
 """What both command lines share: one-line errors, JSON on stdout, progress on stderr. Imports nothing heavy."""
 
+import _thread
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +15,15 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 _LONGEST_MESSAGE = 1000
+_AGAIN_S = 0.05
 
 
 @contextmanager
 def reporting_errors(debug: bool) -> Iterator[None]:
     """Turn exceptions into one line on stderr and an exit status: 2 for the user's, 1 for ours, 130 for Ctrl-C."""
     try:
-        yield
+        with _interrupts_insist():
+            yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
@@ -36,6 +40,33 @@ def reporting_errors(debug: bool) -> Iterator[None]:
             raise
         print(f"error: internal: {type(error).__name__}: {one_line(error)} (rerun with --debug)", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
+
+
+@contextmanager
+def _interrupts_insist() -> Iterator[None]:
+    """A Ctrl-C that falls into a destructor or a weak reference's callback, where Python only prints it, comes again.
+
+    A little later and from another thread: raised inside the hook it would be lost for good.
+    """
+    before = sys.unraisablehook
+    repeats: list[threading.Timer] = []
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        again = threading.Timer(_AGAIN_S, _thread.interrupt_main)
+        again.daemon = True
+        repeats.append(again)
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for again in repeats:
+            again.cancel()
 
 
 def one_line(error: BaseException) -> str:
