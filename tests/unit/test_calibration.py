@@ -86,6 +86,7 @@ def calibrated_often(budget: float, confidence: float, trials: int) -> tuple[flo
     return over / trials, float(np.mean(saved) / best)
 
 
+@pytest.mark.slow
 def test_a_calibrated_policy_stays_within_its_budget_as_often_as_promised() -> None:
     confidence = 0.9
     over, saved = calibrated_often(0.2, confidence, 150)
@@ -93,6 +94,7 @@ def test_a_calibrated_policy_stays_within_its_budget_as_often_as_promised() -> N
     assert saved > 0.78  # measured 0.81
 
 
+@pytest.mark.slow
 def test_the_promise_is_used_not_avoided_by_never_saving_anything() -> None:
     """Promised half of the time, it is broken some of the time; measured 18 %, and 0.90 of the best saved."""
     over, saved = calibrated_often(0.2, 0.5, 60)

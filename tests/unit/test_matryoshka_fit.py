@@ -239,6 +239,7 @@ def options(text: Path, method: str) -> tuple[str, ...]:
     return (*wanted, "--calibration-text", str(text), "--calibration-tokens", "1024")
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on_where_it_was(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
