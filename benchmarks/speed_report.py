@@ -77,21 +77,21 @@ measure, `python -m benchmarks.speed_report` writes this page.
 
 _TRIED = """## What was tried
 
-* Codes of 768 inputs.** GPT-2 124M at 8 bits took 111 ms a step, 4.5 times its float32, though a 4096-wide model was
-  faster than float32: kernels of 768 and 2,048 inputs ran at 0.9 thousand million weights a second, of 3,072 and
-  4,096 at 9. The sum over 32 spans or fewer had swallowed the loop over the codes, which was then not vectorised. A
-  barrier was expected to part them and did nothing: XLA drops it before it fuses. A product with ones, which must
-  read its terms from memory, was expected to bring the fast rate everywhere, and did: head 42.9 -> 3.3 ms, `(768,
-  768)` 0.68 -> 0.05 ms.
-* Attention of grouped heads.** A step of the Llama reference model grew from 3.5 ms at 16 tokens of context to 8.6 at
-  512, for 0.6 MB of keys and values a layer. Rows of a product that share keys are packed first; one by one they read
-  memory as it lies. Expected from the product alone: 2 times faster; a step at 512 went from 8.6 to 5.8 ms.
-* 8 bits against CTranslate2's int8**: not level. At 8 bits a step spends its time on decoding codes, about 6 thousand
-  million weights a second and core, not on reading them; at 4 bits it is the faster of the two.
-* Whole requests of the reference models**: calibration saves the prompt's work only, and 64 steps of decoding take
-  most of the time, so that 44 % fewer FLOPs are about 10 % of the time. 1.5 times is out of reach while no generated
-  token may stop early within +0.2. Codes do not help models of 256 to 320: their kernels are too small to be
-  streamed.
+Before and after are the same command on the commits before and after, minutes apart on a machine that drifts.
+
+* **Codes of 768 inputs.** At 8 bits a step of the GPT-2 124M shape took 4.5 times its float32, though a 4096-wide model
+  was near it. The sum over 32 spans or fewer had swallowed the loop over the codes, which was then not vectorised. A
+  barrier was expected to part them and did nothing: XLA drops it before it fuses. A product with ones, which must read
+  its terms from memory, was expected to bring all kernels to the rate of the wide ones: a step at 8 bits went from 111
+  to 26.5 ms, at 4 bits from 89 to 16 (`decode --batch 1`).
+* **Attention of grouped heads.** Rows of a product that share keys are packed first; one by one they read memory as it
+  lies. Expected from the product alone: 2 times faster attention; a whole request of the Llama reference model, dense,
+  went from 711 to 503 ms (`request`).
+* **8 bits against CTranslate2's int8**: not level. Both cores are busy decoding codes, not waiting for them; at 4 bits
+  a step is the faster of the two.
+* **Whole requests of the reference models**: calibration saves the prompt's work only, and 64 steps of decoding take
+  most of the time. 1.5 times is out of reach while no generated token may stop early within +0.2. Codes do not help
+  models of 256 to 320: their kernels are too small to be streamed.
 """
 
 

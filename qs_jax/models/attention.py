@@ -80,8 +80,7 @@ def _product(
         return jnp.einsum("bkri,bkci->bkrc", a, b, preferred_element_type=dtype)
 
     def one_by_one(a: Array, b: Array) -> Array:
-        rows = (a[:, :, row] for row in range(a.shape[2]))
-        return jnp.stack([jnp.einsum("bki,bkci->bkc", row, b, preferred_element_type=dtype) for row in rows], axis=2)
+        return jnp.concatenate([together(row, b) for row in jnp.split(a, a.shape[2], axis=2)], axis=2)
 
     if not 1 < a.shape[2] <= _FEW_ROWS:
         return together(a, b)
