@@ -2,7 +2,7 @@
 
 * rtn: round to nearest between each group's extremes; needs no text.
 * refit: ranges, codes and per-slice scales and offsets that suit the inputs' mean squares.
-* gptq: the same, then codes again with error compensation (gptq.py), and scales and offsets once more.
+* gptq: the same, then codes again with error compensation (gptq.py), and codes and grid in turns (refine.py).
 * gptq+tune: that, then scales and offsets by gradient against the block's output (tune.py).
 """
 
@@ -20,6 +20,7 @@ from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.gptq import compensated_codes
 from qs_jax.matryoshka.grid import EVEN, Bend, Grid, SliceWeights, between_extremes, refit
 from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.matryoshka.refine import refined
 from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.tune import Coded, Tuning, tuned
 from qs_jax.models.base import Block, Hidden
@@ -35,13 +36,15 @@ class Fit:
         method: one of METHODS.
         group_size: inputs that share a scale and an offset.
         weights: what the squared error of weights counts at 8, 4 and 2 bits.
+        rounds: turns of codes and grid in gptq.
         tuning: the budget of the last step of gptq+tune.
         bend: curvature of the codebook: `EVEN` or `COMPANDED`.
     """
 
     method: str = "gptq+tune"
     group_size: int = 64
-    weights: SliceWeights = (256.0, 64.0, 1.0)
+    weights: SliceWeights = (24.0, 1.5, 1.0)
+    rounds: int = 4
     tuning: Tuning = field(default_factory=Tuning)
     bend: Bend = EVEN
 
@@ -90,9 +93,13 @@ def fit_block(block: Block, streams: Streams, fit: Fit, names: frozenset[str] | 
 
 def _coded(kernel: Float[Array, "outputs inputs"], seen: Float[Array, "seen inputs inputs"], fit: Fit) -> Coded:
     weights = kernel.astype(jnp.float32)
-    codes, grid = _CODES[fit.method.partition("+")[0]](
-        weights, seen, jnp.asarray(fit.weights, jnp.float32), group_size=fit.group_size, bend=fit.bend
-    )
+    settings = {"group_size": fit.group_size, "bend": fit.bend}
+    importance = jnp.asarray(fit.weights, jnp.float32)
+    method = fit.method.partition("+")[0]
+    codes, grid = _CODES[method](weights, seen, importance, **settings)
+    if method == "gptq" and fit.rounds:
+        values = grouped(weights, fit.group_size)
+        codes, grid = _refined(values, seen, codes, grid, importance, rounds=fit.rounds)
     return Coded((kernel.shape[0], kernel.shape[1]), codes, grid)
 
 
@@ -113,6 +120,8 @@ def _compensated(weights: Array, seen: Array, importance: Array, *, group_size: 
     _, grid = refit(grouped(weights, group_size), _mean_squares(seen, group_size), importance, bend)
     return compensated_codes(weights, seen, grid, importance, group_size=group_size), grid
 
+
+_refined = jax.jit(refined, static_argnames="rounds")
 
 _CODES = {"rtn": _rounded, "refit": _refitted, "gptq": _compensated}
 

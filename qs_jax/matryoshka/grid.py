@@ -81,10 +81,11 @@ def between_extremes(values: Grouped, shrink: float = 1.0, bend: Bend = EVEN) ->
 
 def read(codes: UInt8[Array, "*shape"], grid: Grid, slice_: int) -> Float[Array, "*shape"]:
     """Weights at one precision; the grid's entries have the codes' shape or broadcast to it."""
-    return grid.scales[slice_] * (_level(codes, slice_, grid.bend) + grid.offsets[slice_])
+    return grid.scales[slice_] * (levels_of(codes, slice_, grid.bend) + grid.offsets[slice_])
 
 
-def _level(codes: UInt8[Array, "*shape"], slice_: int, bend: Bend) -> Float[Array, "*shape"]:
+def levels_of(codes: UInt8[Array, "*shape"], slice_: int, bend: Bend) -> Float[Array, "*shape"]:
+    """Where 8-bit codes stand in one reading, in steps of its scale."""
     bits = BITS[slice_]
     return bent((codes >> (8 - bits)).astype(jnp.float32) - (2**bits - 1) / 2, bits, bend[slice_])
 
@@ -130,7 +131,7 @@ def least_squares(
     mean = (share * values).sum(axis=1)
     scales, shifts = [], []
     for slice_, bits in enumerate(BITS):
-        level = _level(codes, slice_, bend)
+        level = levels_of(codes, slice_, bend)
         centre = (share * level).sum(axis=1)
         spread = (share * jnp.square(level - centre[:, None])).sum(axis=1)
         slope = (share * (level - centre[:, None]) * values).sum(axis=1) / jnp.maximum(spread, _TINY)

@@ -30,8 +30,10 @@ from qs_jax.matryoshka.grid import (
     least_squares,
     read,
     refit,
+    storable,
 )
 from qs_jax.matryoshka.kernel import NestedKernel, bent, straightened
+from qs_jax.matryoshka.refine import refined
 from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.streaming import multiply_groups, multiply_streams
 from qs_jax.matryoshka.tune import Tuning
@@ -186,6 +188,45 @@ def test_compensated_codes_err_less_in_what_the_layer_puts_out() -> None:
 
     assert error(codes, 2) < 0.6 * error(plain, 2)
     assert error(codes, 4) < 0.8 * error(plain, 4)
+
+
+def weighed(codes: jax.Array, grid: Grid, values: jax.Array, seen: jax.Array) -> np.ndarray:
+    """Per slice and output, the damped squared error of what the layer puts out, in double precision."""
+    inputs = values.shape[0] * values.shape[1]
+    reads = np.stack([read(codes, across(grid), s) for s in range(3)]).astype(np.float64).reshape(3, inputs, -1)
+    wrong = (reads - np.asarray(values, np.float64).reshape(inputs, -1))[:, : seen.shape[1]]
+    wide = np.asarray(seen, np.float64)
+    wide += DAMPING * np.einsum("sii->s", wide)[:, None, None] / wide.shape[1] * np.eye(wide.shape[1])
+    return np.einsum("sio,sij,sjo->so", wrong, wide, wrong)
+
+
+@pytest.mark.parametrize("bend", [EVEN, COMPANDED])
+@pytest.mark.parametrize("importance", [(24.0, 1.5, 1.0), (0.0, 0.0, 1.0)])
+def test_turns_of_codes_and_grid_never_raise_what_they_lower(bend: Bend, importance: tuple[float, ...]) -> None:
+    x, weights, counts = correlated(400, 80), normal(16, 80), jnp.asarray(importance)
+    seen = jnp.asarray([(x + noise).T @ (x + noise) / len(x) for noise in (0.0, 0.1, 0.5)], jnp.float32)
+    values = grouped(weights, 32)
+    grid = between_extremes(values, bend=bend)
+    codes = compensated_codes(weights, seen, grid, counts, group_size=32)
+    sums = [weighed(codes, grid, values, seen).T @ np.asarray(importance)]
+    for _ in range(3):
+        codes, grid = refined(values, seen, codes, grid, counts, rounds=1)
+        sums.append(weighed(codes, grid, values, seen).T @ np.asarray(importance))
+    assert all(np.all(after <= before * 1.001) for before, after in zip(sums[:-1], sums[1:], strict=True))
+    assert sums[1].sum() < 0.8 * sums[0].sum()
+    np.testing.assert_array_equal(grid.scales, storable(grid.scales, grid.scales * grid.offsets, bend).scales)
+
+
+def test_no_single_code_can_be_bettered_after_many_turns() -> None:
+    x, weights, counts = correlated(200, 16), normal(3, 16), jnp.asarray([4.0, 1.0, 1.0])
+    seen = jnp.asarray(np.stack([x.T @ x / len(x)] * 3), jnp.float32)
+    values = grouped(weights, 8)
+    codes, grid = refined(values, seen, nearest_codes(values, g := between_extremes(values)), g, counts, rounds=40)
+    least = weighed(codes, grid, values, seen).T @ np.asarray(counts)
+    for group, i in np.ndindex(2, 8):
+        for code in range(256):
+            other = weighed(codes.at[group, i].set(code), grid, values, seen).T @ np.asarray(counts)
+            assert np.all(other >= least * (1 - 1e-4))
 
 
 def test_hessians_are_those_of_the_inputs() -> None:
