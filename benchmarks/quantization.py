@@ -10,7 +10,8 @@ All kernels of all blocks are quantised, group 64; embedding and head stay dense
 precision, all else equal: what nesting costs is the difference to the same method.
 
 Prediction, before the rows with a companded codebook, from single fits of stories3M: 4 bits a percent better, 2 bits a
-tenth.
+tenth. Before turns of codes and grid followed GPTQ: that its three copies of the weights drift apart is most of what
+nesting costs at 2 bits. Outcome: docs/quantization.md.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from qs_jax.console import reporting_errors
 from qs_jax.evaluation.text import read_documents
 from qs_jax.loading import Model, load
 from qs_jax.matryoshka.codec import BITS
-from qs_jax.matryoshka.fit import METHODS, Fit, Streams, fit_block
+from qs_jax.matryoshka.fit import Fit, Streams, fit_block
 from qs_jax.matryoshka.grid import COMPANDED, EVEN, Bend, Grid, between_extremes, refit
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.matryoshka.linear import at_bits, has_planes, is_nested
@@ -51,10 +53,25 @@ CALIBRATION_TOKENS = 8192
 SCORED_TOKENS = 8192
 WINDOW = 256
 BATCH = 8
-COMPANDED_ROWS = {f"{method}, companded": method for method in ("gptq", "gptq+tune")}
-INDEPENDENT_ROWS = {f"independent {method}": method for method in ("gptq", "gptq+tune")}
 SHIFT, MATQUANT = "plain shift", "MatQuant rounding"
-ROWS = (SHIFT, MATQUANT, *METHODS, *COMPANDED_ROWS, *INDEPENDENT_ROWS)
+FITS: dict[str, Fit] = {
+    "rtn": Fit("rtn", GROUP),
+    "refit": Fit("refit", GROUP),
+    "refit+tune": Fit("refit+tune", GROUP),
+    "gptq, one pass": Fit("gptq", GROUP, rounds=0),
+    "gptq": Fit("gptq", GROUP),
+    "gptq+tune": Fit("gptq+tune", GROUP),
+    "gptq, one pass, companded": Fit("gptq", GROUP, rounds=0, bend=COMPANDED),
+    "gptq, companded": Fit("gptq", GROUP, bend=COMPANDED),
+    "gptq+tune, companded": Fit("gptq+tune", GROUP, bend=COMPANDED),
+    "gptq+tune, companded, 4 bits first": Fit("gptq+tune", GROUP, (64.0, 4.0, 1.0), bend=COMPANDED),
+    "gptq+tune, companded, 2 bits first": Fit("gptq+tune", GROUP, (16.0, 1.0, 1.0), bend=COMPANDED),
+}
+"""Rows by name. What comes first is a matter of what the squared error counts at each precision."""
+INDEPENDENT = {
+    f"independent {name}": FITS[name] for name in ("gptq, one pass", "gptq", "gptq+tune", "gptq+tune, companded")
+}
+ROWS = (SHIFT, MATQUANT, *FITS, *INDEPENDENT)
 
 Weights = Float[Array, "outputs inputs"]
 Networks = dict[int, CausalLM]
@@ -92,13 +109,13 @@ def by_fit(model: Model, tokens: Int[np.ndarray, "windows window"], fit: Fit) ->
     return {bits: at_bits(network, bits) for bits in BITS}, time.perf_counter() - started
 
 
-def by_independent_fits(model: Model, tokens: Int[np.ndarray, "windows window"], method: str) -> tuple[Networks, float]:
+def by_independent_fits(model: Model, tokens: Int[np.ndarray, "windows window"], fit: Fit) -> tuple[Networks, float]:
     """One network for each precision, each fitted for it alone."""
     started, networks = time.perf_counter(), {}
     for slice_, bits in enumerate(BITS):
         alone = tuple(1.0 if other == slice_ else 0.0 for other in range(len(BITS)))
-        fit = Fit(method, GROUP, (alone[0], alone[1], alone[2]))
-        networks[bits] = at_bits(fitted_network(model, tokens, fit), bits)
+        only = replace(fit, weights=(alone[0], alone[1], alone[2]))
+        networks[bits] = at_bits(fitted_network(model, tokens, only), bits)
     return networks, time.perf_counter() - started
 
 
@@ -163,15 +180,8 @@ def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
     makers: dict[str, Callable[[], tuple[Networks, float]]] = {
         SHIFT: partial(by_rounding, model, rounds=False),
         MATQUANT: partial(by_rounding, model, rounds=True),
-        **{method: partial(by_fit, model, calibration.tokens, Fit(method, GROUP)) for method in METHODS},
-        **{
-            row: partial(by_fit, model, calibration.tokens, Fit(method, GROUP, bend=COMPANDED))
-            for row, method in COMPANDED_ROWS.items()
-        },
-        **{
-            row: partial(by_independent_fits, model, calibration.tokens, method)
-            for row, method in INDEPENDENT_ROWS.items()
-        },
+        **{row: partial(by_fit, model, calibration.tokens, fit) for row, fit in FITS.items()},
+        **{row: partial(by_independent_fits, model, calibration.tokens, fit) for row, fit in INDEPENDENT.items()},
     }
     result: dict[str, Any] = {
         "model": name,

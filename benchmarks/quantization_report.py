@@ -18,10 +18,11 @@ from `benchmarks/results/quantization_*.json` and `quantized_decode.json`, which
 
 * **plain shift** cuts the 8-bit code; **MatQuant rounding** rounds and clamps it (arXiv 2502.06786).
 * **rtn** reads the middle of a coarser code's cell. **refit** chooses ranges, codes, and scales and offsets per slice
-  by what inputs weigh. **gptq** also makes up for each input's error, for all three readings at once. **+tune** moves
-  scales and offsets by gradient against the block's output.
+  by what inputs weigh. **gptq, one pass** also makes up for each input's error, for all three readings at once.
+  **gptq** goes on from there: every code and every scale and offset is chosen again, in turns, until all three readings
+  together are near the layer's output. **+tune** moves scales and offsets by gradient against the block's output.
 * **companded** levels stand closer where weights are many (`qs-convert --codebook companded`); all others are evenly
-  spaced.
+  spaced. **4 bits first** and **2 bits first** weigh the three precisions otherwise.
 * **independent** is three models, each fitted for one precision alone: the difference to the same method is what
   nesting costs.
 
@@ -47,13 +48,14 @@ def table(result: dict[str, Any]) -> str:
 
 def nesting(result: dict[str, Any]) -> str:
     """How far the nested readings lie above those of models fitted for one precision alone."""
-    rows, said = result["rows"], []
-    for name in ("gptq", "gptq, companded", "gptq+tune", "gptq+tune, companded"):
-        alone = rows.get(f"independent {name.partition(',')[0]}")
-        if name in rows and alone is not None:
-            costs = (f"{rows[name]['perplexity'][b] / alone['perplexity'][b] - 1:+.1%} at {b} bits" for b in BITS)
-            said.append(f"{name} {', '.join(costs)}")
-    return f"What nesting costs: {'; '.join(said)}.\n" if said else ""
+    rows, lines = result["rows"], []
+    for name, row in rows.items():
+        alone = rows.get(f"independent {name.removesuffix(', 4 bits first').removesuffix(', 2 bits first')}")
+        if alone is not None:
+            costs = (f"{row['perplexity'][b] / alone['perplexity'][b] - 1:+.1%}" for b in BITS)
+            lines.append(f"| {name} | " + " | ".join(costs) + " |")
+    head = "What nesting costs, against independent fits by the same method:\n\n| method | 8 bits | 4 bits | 2 bits |\n"
+    return head + "|---|---|---|---|\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _cell(perplexity: float, dense: float) -> str:

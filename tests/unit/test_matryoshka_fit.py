@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def test_turns_of_codes_and_grid_never_raise_what_they_lower(bend: Bend, importa
     for _ in range(3):
         codes, grid = refined(values, seen, codes, grid, counts, rounds=1)
         sums.append(weighed(codes, grid, values, seen).T @ np.asarray(importance))
-    assert all(np.all(after <= before * 1.001) for before, after in zip(sums[:-1], sums[1:], strict=True))
+    assert all(np.all(after <= before * 1.001) for before, after in pairwise(sums))
     assert sums[1].sum() < 0.8 * sums[0].sum()
     np.testing.assert_array_equal(grid.scales, storable(grid.scales, grid.scales * grid.offsets, bend).scales)
 
