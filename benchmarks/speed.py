@@ -9,7 +9,7 @@ All sides have the same weights and decode greedily from the same prompts on all
 random where weights are, and held-out stories for real models. Time per decode step is (time of a long request - time
 of a one-token request) / steps, so that prefill and fixed costs cancel on every side; prefill is a one-token request, a
 request is prefill and `--steps` new tokens. Rounds are interleaved, the first warms up, and a ratio is the median of
-the ratios round by round. A call adds its rows to the result file and leaves the others, each with its own date.
+the ratios round by round. A call adds its rows to the result file and leaves the others, each with its own machine and date.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int,
         "agreement": agreed,
         "measured_bandwidth_gb_s": statistics.median(bandwidth) / 1e9,
         "bandwidth_fraction": median_ratio(ideal, seconds[OURS]),
-        "date": environment()["date"],
+        **_here_and_now(),
     }
 
 
@@ -127,12 +127,17 @@ def request_row(model: Model, sides: dict[str, Generate], tokens: int, new_token
     prompts = same_prompts(model, 1, tokens)
     seconds = interleaved({name: lambda side=side: side(prompts, new_tokens) for name, side in sides.items()}, rounds)
     facts = {"tokens": tokens, "new_tokens": new_tokens, "rounds": rounds}
-    return {**facts, "sides": compared(seconds), "date": environment()["date"]}
+    return {**facts, "sides": compared(seconds), **_here_and_now()}
+
+
+def _here_and_now() -> dict[str, str]:
+    """A row's own machine and date: rows of one file come from several."""
+    return {name: environment()[name] for name in ("cpu", "date")}
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The rows by key, new ones in place of old."""
-    table = {row[key]: row for row in [*rows, *new]}
+    """The rows by machine and key, new ones in place of old."""
+    table = {(row.get("cpu", ""), row[key]): row for row in [*rows, *new]}
     return [table[value] for value in sorted(table)]
 
 

@@ -13,12 +13,24 @@ from benchmarks.plots import Panel, draw
 from benchmarks.speed import OURS, table
 
 DOCS = Path(__file__).parents[1] / "docs"
+_TITLES = {"decode": "A decode step", "prefill": "Time to the first token", "request": "A whole request"}
 
 
 def read(name: str) -> dict[str, Any] | None:
     """A result file, or None where it is not there."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def by_machine(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One result for each machine that rows come from, a row's own or the file's."""
+    machine, studies = result["environment"], [study for study in _TITLES if study in result]
+    cpus = dict.fromkeys(row.get("cpu", machine["cpu"]) for study in studies for row in result[study])
+    return [
+        {"model": result["model"], "environment": {**machine, "cpu": cpu}}
+        | {study: [row for row in result[study] if row.get("cpu", machine["cpu"]) == cpu] for study in studies}
+        for cpu in cpus
+    ]
 
 
 def decode_panel(result: dict[str, Any]) -> Panel:
@@ -29,7 +41,9 @@ def decode_panel(result: dict[str, Any]) -> Panel:
     for name in names:
         points = [(row["batch"], row["sides"][name]["median_ms"]) for row in rows if name in row["sides"]]
         lines[name] = ([batch for batch, _ in points], [ms for _, ms in points])
-    return Panel(result["model"], "batch", "ms per step", lines, log_x=True, log_y=True)
+    return Panel(
+        f"{result['model']}, {result['environment']['cpu']}", "batch", "ms per step", lines, log_x=True, log_y=True
+    )
 
 
 def section(result: dict[str, Any]) -> str:
@@ -38,8 +52,7 @@ def section(result: dict[str, Any]) -> str:
     parts = [
         f"## {result['model']}\n\n{machine['cpu']}, {machine['cores']} cores, float32 unless the side says otherwise.\n"
     ]
-    titles = {"decode": "A decode step", "prefill": "Time to the first token", "request": "A whole request"}
-    for study, title in titles.items():
+    for study, title in _TITLES.items():
         key = "batch" if study == "decode" else "tokens"
         rows = result.get(study, [])
         if rows:
@@ -97,7 +110,8 @@ Before and after are the same command on the commits before and after, minutes a
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    results = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
+    files = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
+    results = [part for file in files for part in by_machine(file)]
     draw([decode_panel(result) for result in results if len(result.get("decode", [])) > 1], DOCS / "speed.png")
     (DOCS / "speed.md").write_text(page(results, read("host_overhead"), read("scaling")), "utf-8")
 

@@ -12,7 +12,7 @@ from benchmarks.host_overhead import host_seconds_per_chunk
 from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
-from benchmarks.speed_report import decode_panel, page
+from benchmarks.speed_report import by_machine, decode_panel, page
 from qs_jax.matryoshka.kernel import NestedKernel
 from tests.tiny import tiny_model
 
@@ -47,6 +47,18 @@ def test_sides_that_disagree_or_fall_short_are_seen() -> None:
 def test_new_rows_replace_old_ones_in_order() -> None:
     rows = merged([{"batch": 8, "v": 1}, {"batch": 1, "v": 1}], [{"batch": 8, "v": 2}, {"batch": 2, "v": 2}], "batch")
     assert rows == [{"batch": 1, "v": 1}, {"batch": 2, "v": 2}, {"batch": 8, "v": 2}]
+
+
+def test_rows_of_different_machines_stand_apart() -> None:
+    here, there = {**row(1, 0.1, 0.2), "cpu": "here"}, {**row(1, 0.3, 0.3), "cpu": "there"}
+    rows = merged([row(1, 0.5, 0.5), there], [here], "batch")
+    parts = by_machine({"model": "m", "environment": {"cpu": "file", "cores": 2}, "decode": rows})
+    assert [(part["environment"]["cpu"], len(part["decode"])) for part in parts] == [
+        ("file", 1),
+        ("here", 1),
+        ("there", 1),
+    ]
+    assert [part["decode"][0]["sides"][OURS]["median_ms"] for part in parts] == [500.0, 100.0, 300.0]
 
 
 def test_the_page_says_what_was_not_measured() -> None:
