@@ -9,7 +9,8 @@ All sides have the same weights and decode greedily from the same prompts on all
 random where weights are, and held-out stories for real models. Time per decode step is (time of a long request - time
 of a one-token request) / steps, so that prefill and fixed costs cancel on every side; prefill is a one-token request, a
 request is prefill and `--steps` new tokens. Rounds are interleaved, the first warms up, and a ratio is the median of
-the ratios round by round. A call adds its rows to the result file and leaves the others, each with its own machine and date.
+the ratios round by round. A call adds its rows to the result file and leaves the others, each with its machine and
+date.
 """
 
 import argparse
