@@ -19,6 +19,7 @@ from benchmarks.shapes import SHAPES, nested_model, random_model
 from benchmarks.speed import OURS, compared, our_generate, same_prompts, seconds_per_step
 from qs_jax.console import reporting_errors
 from qs_jax.matryoshka.codec import BITS
+from qs_jax.matryoshka.grid import COMPANDED
 from qs_jax.matryoshka.linear import is_nested, plane_bytes, weights
 
 PROMPT_TOKENS = 16
@@ -32,8 +33,9 @@ MODELS = {"gpt2-124m": SHAPES["gpt2-124m"], "llama 4096 wide": WIDE}
 def row(name: str, steps: int, rounds: int) -> dict[str, Any]:
     """One shape: a step in float32 and at each precision."""
     model = random_model(MODELS[name], name)
-    nested = nested_model(model)
+    nested, companded = nested_model(model), nested_model(model, bend=COMPANDED)
     sides = {OURS: our_generate(model)} | {f"{bits} bits": our_generate(nested, bits=bits) for bits in BITS}
+    sides |= {f"{bits} bits, companded": our_generate(companded, bits=bits) for bits in BITS}
     seconds = seconds_per_step(sides, same_prompts(model, 1, PROMPT_TOKENS), steps, rounds)
     block = nested.network.blocks[0]
     scales = sum(k.scales.nbytes // 3 + k.offsets.nbytes // 3 for k in weights(block) if is_nested(k))

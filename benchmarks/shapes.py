@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qs_jax.loading import Model, load
 from qs_jax.matryoshka.codec import BITS
+from qs_jax.matryoshka.grid import EVEN, Bend
 from qs_jax.matryoshka.rounding import round_to_nearest
 from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network
 
@@ -66,13 +67,13 @@ def random_model(raw: dict[str, Any], name: str, dtype: str = "float32") -> Mode
     return Model(config, random_network(config, seed=0, dtype=dtype), None, jnp.dtype(dtype), name)
 
 
-def nested_model(model: Model, group_size: int = 64) -> Model:
+def nested_model(model: Model, group_size: int = 64, bend: Bend = EVEN) -> Model:
     """The same model with every kernel as nested codes, rounded to nearest; embedding and head are read at 8 bits."""
-    to_nested = jax.jit(round_to_nearest, static_argnames="group_size")
+    to_nested = jax.jit(round_to_nearest, static_argnames=("group_size", "bend"))
     arrays = arrays_by_path(model.network)
     for path, array in arrays.items():
         if path.endswith(".kernel") or path == "embedding.table":
-            kernel = to_nested(array, group_size=group_size)
+            kernel = to_nested(array, group_size=group_size, bend=bend)
             least = BITS[-1] if path.startswith("blocks.") else BITS[0]
             arrays[path] = replace(kernel, least=least, dtype=model.dtype)
     return replace(model, network=network_from_arrays(model.config, arrays, dtype=model.dtype))

@@ -191,6 +191,9 @@ def test_compensated_codes_err_less_in_what_the_layer_puts_out() -> None:
     assert error(codes, 4) < 0.8 * error(plain, 4)
 
 
+_refined = jax.jit(refined, static_argnames="rounds")
+
+
 def weighed(codes: jax.Array, grid: Grid, values: jax.Array, seen: jax.Array) -> np.ndarray:
     """Per slice and output, the damped squared error of what the layer puts out, in double precision."""
     inputs = values.shape[0] * values.shape[1]
@@ -208,10 +211,10 @@ def test_turns_of_codes_and_grid_never_raise_what_they_lower(bend: Bend, importa
     seen = jnp.asarray([(x + noise).T @ (x + noise) / len(x) for noise in (0.0, 0.1, 0.5)], jnp.float32)
     values = grouped(weights, 32)
     grid = between_extremes(values, bend=bend)
-    codes = compensated_codes(weights, seen, grid, counts, group_size=32)
+    codes = nearest_codes(values, grid)
     sums = [weighed(codes, grid, values, seen).T @ np.asarray(importance)]
     for _ in range(3):
-        codes, grid = refined(values, seen, codes, grid, counts, rounds=1)
+        codes, grid = _refined(values, seen, codes, grid, counts, rounds=1)
         sums.append(weighed(codes, grid, values, seen).T @ np.asarray(importance))
     assert all(np.all(after <= before * 1.001) for before, after in pairwise(sums))
     assert sums[1].sum() < 0.8 * sums[0].sum()
@@ -222,7 +225,7 @@ def test_no_single_code_can_be_bettered_after_many_turns() -> None:
     x, weights, counts = correlated(200, 16), normal(3, 16), jnp.asarray([4.0, 1.0, 1.0])
     seen = jnp.asarray(np.stack([x.T @ x / len(x)] * 3), jnp.float32)
     values = grouped(weights, 8)
-    codes, grid = refined(values, seen, nearest_codes(values, g := between_extremes(values)), g, counts, rounds=40)
+    codes, grid = _refined(values, seen, nearest_codes(values, g := between_extremes(values)), g, counts, rounds=40)
     least = weighed(codes, grid, values, seen).T @ np.asarray(counts)
     for group, i in np.ndindex(2, 8):
         for code in range(256):
