@@ -100,9 +100,9 @@ Before and after are the same command on the commits before and after, minutes a
 * **Attention of grouped heads.** Rows of a product that share keys are packed first; one by one they read memory as it
   lies. Expected from the product alone: 2 times faster attention; a whole request of the Llama reference model, dense,
   went from 711 to 503 ms (`request`).
-* **8 bits against CTranslate2's int8**: level at batch 1 on a Xeon with AVX-512, not on an EPYC without, where both cores
-  are busy decoding codes, not waiting for them. At 4 bits a step is the faster on both. At batch 8 weights are decoded
-  into cache and multiplied as float32, which costs more than reading float32 does.
+* **8 bits against CTranslate2's int8**: level at batch 1 on a Xeon with AVX-512, not on an EPYC without, where both
+  cores are busy decoding codes, not waiting for them. At 4 bits a step is the faster on both. At batch 8 weights are
+  decoded into cache and multiplied as float32, which costs more than reading float32 does.
 * **Whole requests of the reference models**: calibration saves the prompt's work only, and 64 steps of decoding take
   most of the time. 1.5 times is out of reach while no generated token may stop early within +0.2. Codes do not help
   models of 256 to 320: their kernels are too small to be streamed.
