@@ -63,7 +63,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order.
+    """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order, start
+    by start, and of that what is said of the `chosen` one.
     `searched` is the same policy as the search ran it, idle mechanisms included: programs for it are compiled.
     `uniform` is the best stop of the whole prompt, frozen keys and values, and `uniform_with_lens` with those of the
     lens."""
@@ -72,16 +73,16 @@ class Calibrated:
     searched: Policy
     goal: Goal
     tested: list[dict[str, Any]]
+    chosen: dict[str, Any] | None
     uniform: dict[str, Any] | None
     uniform_with_lens: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        chosen = [row for row in self.tested if row["accepted"]]
         return {
             "policy": self.policy.to_json(),
             "max_ppl_increase": self.goal.budget,
             "confidence": self.goal.confidence,
-            "chosen": chosen[-1] if chosen else None,
+            "chosen": self.chosen,
             "best_uniform_stop": self.uniform,
             "best_uniform_stop_with_lens": self.uniform_with_lens,
             "tested": self.tested,
@@ -179,31 +180,37 @@ def _combinations(
 
 
 def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goal: Goal) -> Calibrated:
-    """Test the search's best in order, and the uniform stops beside them."""
+    """Test the search's best in order, and the uniform stops of either rule beside them; of what holds, the cheapest.
 
-    def best_stop(rule: KvRule) -> dict[str, Any] | None:
-        known = [p for p in uniform_stops(replace(space, kv_rule=rule), prefix) if p in pool]
-        trusted = _tested(bench, known, goal)[1]
-        return _row(bench, trusted[-1], goal, True) if trusted else None
-
-    path, trusted = _tested(bench, pool, goal)
-    rows = [_row(bench, policy, goal, policy in trusted) for policy in path[: len(trusted) + 1]]
-    name = f"calibrated +{goal.budget:g}"
+    Every start has its share of the level, so that a mechanism that fails hides only what stands on its own path.
+    What the uniform stops alone would come to is reported as if they had been the only start.
+    """
+    level = 1 - goal.confidence
+    rules: tuple[KvRule, ...] = ("frozen", "affine") if space.kv_rule == "affine" else ("frozen",)
+    stops = {r: [p for p in uniform_stops(replace(space, kv_rule=r), prefix) if p in pool] for r in rules}
+    starts = [pool, *(found for found in stops.values() if found)]
+    tests = [_tested(bench, start, goal, level / len(starts)) for start in starts]
+    trusted = [policy for _, held in tests for policy in held]
+    tried = [policy for path, held in tests for policy in path[: len(held) + 1]]
+    alone = {rule: _tested(bench, found, goal, level)[1] for rule, found in stops.items()}
+    best = {rule: _row(bench, held[-1], goal, True) if held else None for rule, held in alone.items()}
+    chosen, name = min(trusted, key=bench.cost, default=None), f"calibrated +{goal.budget:g}"
     return Calibrated(
-        policy=stripped(trusted[-1], name) if trusted else Policy(name=name),
-        searched=replace(trusted[-1] if trusted else Policy.off(), name=name),
+        policy=stripped(chosen, name) if chosen else Policy(name=name),
+        searched=replace(chosen or Policy.off(), name=name),
         goal=goal,
-        tested=rows,
-        uniform=best_stop("frozen"),
-        uniform_with_lens=best_stop("affine") if space.kv_rule == "affine" else None,
+        tested=[_row(bench, p, goal, p in trusted) for n, p in enumerate(tried) if p not in tried[:n]],
+        chosen=_row(bench, chosen, goal, True) if chosen else None,
+        uniform=best["frozen"],
+        uniform_with_lens=best.get("affine"),
     )
 
 
-def _tested(bench: Bench, pool: Sequence[Policy], goal: Goal) -> tuple[list[Policy], list[Policy]]:
+def _tested(bench: Bench, pool: Sequence[Policy], goal: Goal, level: float) -> tuple[list[Policy], list[Policy]]:
     """The ladder through the pool, and how far up it may be trusted."""
     estimates = [Estimate(n, bench.increase(p, "search"), bench.cost(p)) for n, p in enumerate(pool)]
     path = [pool[e.place] for e in ladder(estimates, goal.budget, bench.cost(Policy.off()), _TESTED)]
-    return path, accepted(path, _p_value(bench, goal.budget), 1 - goal.confidence)
+    return path, accepted(path, _p_value(bench, goal.budget), level)
 
 
 def _p_value(bench: Bench, budget: float) -> Callable[[Policy], float]:

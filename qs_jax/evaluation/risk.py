@@ -3,7 +3,8 @@
 Learn then test (Angelopoulos et al. 2021, arXiv 2110.01052) with Pareto testing (Laufer-Goldshtein et al. 2023,
 arXiv 2210.07913): one part of the calibration text finds the policies that are best at their cost and puts them in
 order, another tests them in that order. Since testing stops at the first policy that cannot be trusted, the chance
-that any accepted one is truly above the budget is at most the level, however many were tried in the search.
+that any accepted one is truly above the budget is at most the level, however many were tried in the search. There may
+be several orders, each with its share of the level (fixed sequences with several starts, ibid.).
 """
 
 import math

@@ -160,6 +160,24 @@ def test_a_bold_step_does_not_hide_a_later_one_that_risks_less() -> None:
     assert [estimate.place for estimate in ladder(estimates, 0.2, 1.0, 12)] == [0, 2, 3]
 
 
+def test_a_mechanism_that_fails_does_not_hide_the_uniform_stops() -> None:
+    class Deceptive(FakeBench):
+        """Fusion looks harmless in the search and is not."""
+
+        def of(self, policy: Policy, part: Part) -> Measured:
+            found = super().of(policy, part)
+            worse = 0.5 if part == "test" and policy.fusion and sum(policy.fusion.thresholds) else 0.0  # pyright: ignore
+            return replace(found, nll=[value + worse for value in found.nll])
+
+    found = calibrate(Deceptive(3), SPACE, observed(), PREFIX, [Goal(0.2)])[0]
+    assert found.uniform is not None
+    assert found.chosen is not None
+    assert found.policy.fusion is None
+    assert found.chosen in found.tested
+    assert found.chosen["flops_reduction"] >= 0.5 * found.uniform["flops_reduction"] > 0
+    assert any(not row["accepted"] for row in found.tested)
+
+
 def test_testing_stops_at_the_first_failure() -> None:
     asked: list[float] = []
     assert accepted([0.01, 0.04, 0.2, 0.0], lambda p: asked.append(p) or p, 0.1) == [0.01, 0.04]
