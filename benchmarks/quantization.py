@@ -71,7 +71,9 @@ FITS: dict[str, Fit] = {
 INDEPENDENT = {
     f"independent {name}": FITS[name] for name in ("gptq, one pass", "gptq", "gptq+tune", "gptq+tune, companded")
 }
-ROWS = (SHIFT, MATQUANT, *FITS, *INDEPENDENT)
+ROTATED = {f"{name}, rotated": FITS[name] for name in ("rtn", "gptq, companded", "gptq+tune, companded")}
+"""Fits of the model with its heads turned: see `rotated`."""
+ROWS = (SHIFT, MATQUANT, *FITS, *INDEPENDENT, *ROTATED)
 
 Weights = Float[Array, "outputs inputs"]
 Networks = dict[int, CausalLM]
@@ -130,6 +132,26 @@ def fitted_network(model: Model, tokens: Int[np.ndarray, "windows window"], fit:
     return network_from_arrays(model.config, arrays, dtype=model.dtype)
 
 
+def rotated(model: Model) -> Model:
+    """The same model in exact arithmetic, the values of every head turned by one random rotation.
+
+    Nothing stands between values and the output projection, so the one absorbs it and the other takes it back.
+    """
+    config, arrays = model.config, arrays_by_path(model.network)
+    size = config.head_dim
+    turn = jnp.asarray(np.linalg.qr(np.random.default_rng(0).standard_normal((size, size)))[0], jnp.float32)
+    for layer in range(config.num_hidden_layers):
+        for part in ("kernel", "bias"):
+            values = arrays.get(path := f"blocks.{layer}.v.{part}")
+            if values is not None:
+                heads = values.reshape(config.num_key_value_heads, size, -1)
+                arrays[path] = jnp.einsum("de,kei->kdi", turn, heads).reshape(values.shape)
+        output = arrays[path := f"blocks.{layer}.o.kernel"]
+        heads = output.reshape(output.shape[0], -1, size)
+        arrays[path] = jnp.einsum("ohd,ed->ohe", heads, turn).reshape(output.shape)
+    return replace(model, network=network_from_arrays(config, arrays, dtype=model.dtype))
+
+
 @jax.jit
 def _nats(network: CausalLM, tokens: Int[Array, "batch window"], scored: Bool[Array, "batch window"]) -> Array:
     losses = optax.softmax_cross_entropy_with_integer_labels(forward(network, tokens[:, :-1]), tokens[:, 1:])
@@ -181,6 +203,7 @@ def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
         SHIFT: partial(by_rounding, model, rounds=False),
         MATQUANT: partial(by_rounding, model, rounds=True),
         **{row: partial(by_fit, model, calibration.tokens, fit) for row, fit in FITS.items()},
+        **{row: partial(by_fit, rotated(model), calibration.tokens, fit) for row, fit in ROTATED.items()},
         **{row: partial(by_independent_fits, model, calibration.tokens, fit) for row, fit in INDEPENDENT.items()},
     }
     result: dict[str, Any] = {
