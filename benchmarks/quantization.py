@@ -111,6 +111,11 @@ def by_fit(model: Model, tokens: Int[np.ndarray, "windows window"], fit: Fit) ->
     return {bits: at_bits(network, bits) for bits in BITS}, time.perf_counter() - started
 
 
+def by_rotated_fit(model: Model, tokens: Int[np.ndarray, "windows window"], fit: Fit) -> tuple[Networks, float]:
+    """The same of the model with its heads turned."""
+    return by_fit(rotated(model), tokens, fit)
+
+
 def by_independent_fits(model: Model, tokens: Int[np.ndarray, "windows window"], fit: Fit) -> tuple[Networks, float]:
     """One network for each precision, each fitted for it alone."""
     started, networks = time.perf_counter(), {}
@@ -203,7 +208,7 @@ def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
         SHIFT: partial(by_rounding, model, rounds=False),
         MATQUANT: partial(by_rounding, model, rounds=True),
         **{row: partial(by_fit, model, calibration.tokens, fit) for row, fit in FITS.items()},
-        **{row: partial(by_fit, rotated(model), calibration.tokens, fit) for row, fit in ROTATED.items()},
+        **{row: partial(by_rotated_fit, model, calibration.tokens, fit) for row, fit in ROTATED.items()},
         **{row: partial(by_independent_fits, model, calibration.tokens, fit) for row, fit in INDEPENDENT.items()},
     }
     result: dict[str, Any] = {
