@@ -32,9 +32,9 @@ _FOUND = """
 * **stories3M** is small and well trained, and two bits ruin it with or without nesting. Nesting costs 1 % at 4 bits and
   12 % at 2 by default; with *2 bits first* it is 9 % at 2, but 2.4 % at 4, and 8 bits are then 0.7 % above dense.
   Tried on single fits, not kept as rows, without holding all of +0.5 %, 2 % and 10 % at once: weights of (20, 1.25, 1),
-  (16, 1.5, 1) and (32, 1, 1); twice the turns and half of them; three times the passes or the rate of tuning; four other
-  bends; weights that go from 2 bits first to 8 bits first while turns go on. More turns and tuning were rather worse on
-  the judged text.
+  (16, 1.5, 1) and (32, 1, 1); twice the turns and half of them; three times the passes or the rate of tuning; four
+  other bends; weights that go from 2 bits first to 8 bits first while turns go on. More turns and tuning were rather
+  worse on the judged text.
 * **Ten times better than round to nearest at 2 bits** holds where round to nearest breaks a model (stories3M: more than
   40 times). On the others it cannot: round to nearest is not ten times above the dense model there.
 * **A rotation** helps what is rounded (rtn at 2 bits: half the perplexity) and not what is fitted on text, where it is
