@@ -32,20 +32,31 @@ def replaced(page: str, name: str, content: str) -> str:
 
 
 def block(result: Mapping[str, Any]) -> str:
-    """One model: what was judged, the main rows, the shipped policy on other text, and the oracle."""
-    protocol, oracle = result["protocol"], result["oracle"]
-    calibrated = result["calibrated"][[one["max_ppl_increase"] for one in result["calibrated"]].index(0.2)]
-    parts = [
-        f"{protocol['windows']} windows of {protocol['prefix']} unscored + {protocol['window']} scored tokens, "
-        f"{protocol['batch']} together. Perplexity off: {result['perplexity_off']:.3f}.",
-        table({"table": merged(result["table"])}),
-        _stops(calibrated),
-        f"An oracle that stops each scored token where its most likely next token is settled would run "
-        f"{oracle['layers_share']:.1%} of the layers.",
-    ]
+    """One model: both protocols, the shipped policy on other text, and how long it took."""
+    parts = [_judged(result)]
     if result["further"]:
-        parts.insert(2, f"The policy for +0.2 on other text:\n\n{_further(result['further'])}")
+        parts.append(f"The policy for +0.2 on other text:\n\n{_further(result['further'])}")
+    if "every_token" in result:
+        parts.append(f"**Every token scored, no prefix (the paper's protocol).** {_judged(result['every_token'])}")
+    if "seconds" in result:
+        parts.append(f"All of it took {result['seconds'] / 60:.1f} minutes on {result['environment']['cpu']}.")
     return "\n\n".join(parts)
+
+
+def _judged(result: Mapping[str, Any]) -> str:
+    """One protocol: what was judged, the main rows, what calibration trusted, and the oracle."""
+    protocol, oracle = result["protocol"], result["oracle"]
+    calibrated = next(one for one in result["calibrated"] if one["max_ppl_increase"] == 0.2)
+    return "\n\n".join(
+        [
+            f"{protocol['windows']} windows of {protocol['prefix']} unscored + {protocol['window']} scored tokens, "
+            f"{protocol['batch']} together. Perplexity off: {result['perplexity_off']:.3f}.",
+            table({"table": merged(result["table"])}),
+            _stops(calibrated),
+            f"An oracle that stops each scored token where its most likely next token is settled would run "
+            f"{oracle['layers_share']:.1%} of the layers.",
+        ]
+    )
 
 
 def merged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """How decoding scales: time against tokens generated, context, batch and layers; compilation and memory as well.
 
     python -m benchmarks.scaling layers        # one axis; adds to results/scaling.json, draws docs/scaling.png
+    python -m benchmarks.scaling flat          # what tokens generated cost at the same context, in one process
     python -m benchmarks.scaling --quick       # two small points, nothing written
 
 GPT-2-124M shape, float32, random weights. Every point is a process of its own, so that compilation is cold and the
-peak of resident memory its own; times are medians of three runs.
+peak of resident memory its own; times are medians of three runs. `flat` sets 512 generated tokens beside 64, from the
+same prompt and from one so long that the mean context is the same, in interleaved rounds.
 
 Prediction, before the first run: time per token is flat in tokens generated but for attention over a growing cache
 (under 10 % from 64 to 512 tokens); linear in layers, plus the head; sublinear in the batch until products stop being
@@ -19,10 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import RESULTS, environment, median_ratio, summary, write_result
 from benchmarks.plots import Panel, draw
 from benchmarks.shapes import SHAPES, random_model
+from benchmarks.speed import same_prompts
 from qs_jax.evaluation.benchmark import benchmark
+from qs_jax.generation import generate
+from qs_jax.loading import Model
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASE = {"layers": 12, "batch": 1, "prompt_tokens": 32, "new_tokens": 64}
@@ -32,6 +37,8 @@ AXES: dict[str, tuple[str, Sequence[int]]] = {
     "batch": ("batch", (1, 2, 4, 8, 16, 32)),
     "layers": ("layers", (3, 6, 12, 24)),
 }
+FLAT = {"short": (32, 64), "long": (32, 512), "same context": (256, 64)}
+"""Prompt and new tokens."""
 _KEPT = ("decode_ms_per_step", "prefill_s", "compile_s", "peak_rss_mb")
 
 
@@ -56,6 +63,31 @@ def points(axis: str) -> list[dict[str, int]]:
     return [{**BASE, name: value} for value in values]
 
 
+def flatness(rounds: int = 5) -> dict[str, Any]:
+    """Milliseconds per step of every side, and how much more 512 tokens take than 64: medians round by round."""
+    model = random_model(SHAPES["gpt2-124m"], "scaling")
+    seconds: dict[str, list[float]] = {name: [] for name in FLAT}
+    for number in range(rounds + 1):
+        for name, lengths in FLAT.items():
+            found = _step_seconds(model, *lengths)
+            if number:  # the first round compiles
+                seconds[name].append(found)
+    return {
+        "sides": {name: summary(found) for name, found in seconds.items()},
+        "growth": median_ratio(seconds["long"], seconds["short"]) - 1,
+        "growth_at_same_context": median_ratio(seconds["long"], seconds["same context"]) - 1,
+        "lengths": FLAT,
+        "date": environment()["date"],
+    }
+
+
+def _step_seconds(model: Model, prompt_tokens: int, new_tokens: int) -> float:
+    timing = generate(
+        model, same_prompts(model, 1, prompt_tokens), max_new_tokens=new_tokens + 1, eos_token_id=[]
+    ).timing
+    return timing["decode_s"] / timing["decode_steps"]
+
+
 def panels(axes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
     """Per axis time per step, then compilation and memory over all axes that were measured."""
     result = []
@@ -74,7 +106,7 @@ def panels(axes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("axis", nargs="*", choices=[[], *AXES], help="which axes; none: all")
+    parser.add_argument("axis", nargs="*", choices=[[], *AXES, "flat"], help="which axes, or flat; none: all")
     parser.add_argument("--point", type=json.loads, help="measure one point and print it; for the processes' own use")
     parser.add_argument("--quick", action="store_true", help="two small points, nothing written")
     arguments = parser.parse_args()
@@ -85,12 +117,17 @@ def main() -> None:
         print(*(measured_apart({**BASE, "layers": layers, "new_tokens": 32}) for layers in (1, 2)), sep="\n")
         return
     path = RESULTS / "scaling.json"
-    axes = json.loads(path.read_text("utf-8"))["axes"] if path.is_file() else {}
-    for axis in arguments.axis or AXES:
-        axes[axis] = [{**measured_apart(point), "date": environment()["date"]} for point in points(axis)]
-        print(axis, *axes[axis], sep="\n")
-        write_result("scaling", {"shape": SHAPES["gpt2-124m"], "base": BASE, "axes": axes})
-    print(draw(panels(axes), DOCS / "scaling.png"))
+    result = {"axes": {}, **(json.loads(path.read_text("utf-8")) if path.is_file() else {})}
+    result |= {"shape": SHAPES["gpt2-124m"], "base": BASE}
+    for axis in arguments.axis or [*AXES, "flat"]:
+        if axis == "flat":
+            result["flatness"] = flatness()
+            print(result["flatness"])
+        else:
+            result["axes"][axis] = [{**measured_apart(point), "date": environment()["date"]} for point in points(axis)]
+            print(axis, *result["axes"][axis], sep="\n")
+        write_result("scaling", {key: value for key, value in result.items() if key != "environment"})
+    print(draw(panels(result["axes"]), DOCS / "scaling.png"))
 
 
 if __name__ == "__main__":
