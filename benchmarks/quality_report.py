@@ -84,7 +84,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _share(value: float) -> str:
     """A percentage; nothing is nothing, whatever its sign."""
-    return f"{value if abs(value) >= 5e-4 else 0.0:.1%}"
+    return f"{value:z.1%}"
 
 
 def _further(texts: Mapping[str, Mapping[str, Any]]) -> str:

@@ -90,11 +90,11 @@ def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "–" if value is None else f"{100 * value:z.1f} %"
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
+    return "–" if value is None else f"{value:+z.3f}".replace("-", "−")
 
 
 def _number(value: float | None) -> str:

@@ -208,3 +208,9 @@ def test_a_browser_renders_it(tmp_path: Path, size: str) -> None:
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
     assert shot.stat().st_size > 20_000
+
+
+def test_nothing_has_no_sign() -> None:
+    study = result()
+    study["table"].append(scored("shaved", "baseline", -1e-6, -1e-6))
+    assert "-0.0 %" not in render([study]) and "−0.000" not in render([study])
