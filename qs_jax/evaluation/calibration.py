@@ -63,8 +63,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order, start
-    by start, and of that what is said of the `chosen` one.
+    """The policy chosen for a goal (off, if none could be trusted) and how it was arrived at: `tested` in order, path
+    by path, and of that what is said of the `chosen` one.
     `searched` is the same policy as the search ran it, idle mechanisms included: programs for it are compiled.
     `uniform` is the best stop of the whole prompt, frozen keys and values, and `uniform_with_lens` with those of the
     lens."""
@@ -182,17 +182,19 @@ def _combinations(
 def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goal: Goal) -> Calibrated:
     """Test the search's best in order, and the uniform stops of either rule beside them; of what holds, the cheapest.
 
-    Every start has its share of the level, so that a mechanism that fails hides only what stands on its own path.
-    What the uniform stops alone would come to is reported as if they had been the only start.
+    Every path has its share of the level, so that a mechanism that fails hides only what stands on its own. Uniform
+    stops are tested one by one from the latest: their order is known beforehand, the search has no say in it. What
+    they alone would come to is reported as if theirs had been the only path.
     """
     level = 1 - goal.confidence
     rules: tuple[KvRule, ...] = ("frozen", "affine") if space.kv_rule == "affine" else ("frozen",)
     stops = {r: [p for p in uniform_stops(replace(space, kv_rule=r), prefix) if p in pool] for r in rules}
-    starts = [pool, *(found for found in stops.values() if found)]
-    tests = [_tested(bench, start, goal, level / len(starts)) for start in starts]
+    paths = [_climbing(bench, pool, goal), *(found for found in stops.values() if found)]
+    p_value = _p_value(bench, goal.budget)
+    tests = [(path, accepted(path, p_value, level / len(paths))) for path in paths]
     trusted = [policy for _, held in tests for policy in held]
     tried = [policy for path, held in tests for policy in path[: len(held) + 1]]
-    alone = {rule: _tested(bench, found, goal, level)[1] for rule, found in stops.items()}
+    alone = {rule: accepted(found, p_value, level) for rule, found in stops.items()}
     best = {rule: _row(bench, held[-1], goal, True) if held else None for rule, held in alone.items()}
     chosen, name = min(trusted, key=bench.cost, default=None), f"calibrated +{goal.budget:g}"
     return Calibrated(
@@ -206,11 +208,10 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
     )
 
 
-def _tested(bench: Bench, pool: Sequence[Policy], goal: Goal, level: float) -> tuple[list[Policy], list[Policy]]:
-    """The ladder through the pool, and how far up it may be trusted."""
+def _climbing(bench: Bench, pool: Sequence[Policy], goal: Goal) -> list[Policy]:
+    """The ladder through the pool: from saving little to saving most, by what the search part says."""
     estimates = [Estimate(n, bench.increase(p, "search"), bench.cost(p)) for n, p in enumerate(pool)]
-    path = [pool[e.place] for e in ladder(estimates, goal.budget, bench.cost(Policy.off()), _TESTED)]
-    return path, accepted(path, _p_value(bench, goal.budget), level)
+    return [pool[e.place] for e in ladder(estimates, goal.budget, bench.cost(Policy.off()), _TESTED)]
 
 
 def _p_value(bench: Bench, budget: float) -> Callable[[Policy], float]:

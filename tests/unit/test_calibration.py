@@ -178,6 +178,24 @@ def test_a_mechanism_that_fails_does_not_hide_the_uniform_stops() -> None:
     assert any(not row["accepted"] for row in found.tested)
 
 
+def test_a_uniform_stop_is_tested_whatever_the_search_makes_of_it() -> None:
+    """The search finds the stop after 6 layers dear and the one after 5 harmless; on other text it is the reverse."""
+    stops = {6: (0.15, 0.0), 5: (0.0, 0.5)}
+
+    class Misled(FakeBench):
+        def of(self, policy: Policy, part: Part) -> Measured:
+            found, halting = super().of(policy, part), policy.prompt_halting
+            layers, thresholds = (halting.layers, halting.thresholds) if halting else ((), ())
+            full = [layer for layer, t in zip(layers or (), thresholds, strict=True) if t == np.inf]  # pyright: ignore
+            search, test = stops.get(min(full, default=DEPTH), (0.0, 0.0))
+            return replace(found, nll=[nll + (test if part == "test" else search) / 7 for nll in found.nll])
+
+    found = calibrate(Misled(3), SPACE, observed(), PREFIX, [Goal(0.2)])[0]
+    assert found.uniform is not None
+    assert found.uniform["flops_reduction"] == pytest.approx(2 / DEPTH)
+    assert found.uniform["perplexity_increase_search"] > 0.1
+
+
 def test_testing_stops_at_the_first_failure() -> None:
     asked: list[float] = []
     assert accepted([0.01, 0.04, 0.2, 0.0], lambda p: asked.append(p) or p, 0.1) == [0.01, 0.04]
