@@ -30,12 +30,13 @@ _FEWEST_TO_TEST = 8
 @dataclass(frozen=True)
 class Measured:
     """`nll` per window, in nats per token; means over all tokens of the layers run, over generated ones of the bits
-    read, and the share of FLOPs saved as executed."""
+    read, and the shares of FLOPs and of bytes of weights saved as executed."""
 
     nll: list[float]
     layers_run: float
     bits: float
     flops_reduction: float
+    bytes_reduction: float
 
     @property
     def values(self) -> PerWindow:
@@ -97,11 +98,12 @@ class Measurements:
         return increase(self.of(policy, part).values, self.dense(part).values)
 
     def cost(self, policy: Policy) -> float:
-        """Share of the FLOPs executed and, where weights can be read at fewer bits, of the bits read, on the search
-        part: what the search makes small. Executed means that choices which the buckets round away count for nothing.
+        """Share of the FLOPs executed and, where weights can be read at fewer bits, of their bytes, on the search part:
+        what the search makes small. Executed means that choices which the buckets round away count for nothing, and
+        that rows of a batch which read at fewer bits save nothing where others read all.
         """
         measured = self.of(policy, "search")
-        return 1 - measured.flops_reduction + (measured.bits / 8 if self.planes else 0.0)
+        return 1 - measured.flops_reduction + (1 - measured.bytes_reduction if self.planes else 0.0)
 
     def _measure(self, policy: Policy, part: Part) -> Measured:
         scores = score_alone(self.model, self.parts[part], bind_policy(self.model, policy), batch=self.batch)
@@ -111,6 +113,7 @@ class Measurements:
             layers_run=ledger["layers_run_mean"],
             bits=ledger["bits_mean"],
             flops_reduction=ledger["flops_reduction"],
+            bytes_reduction=ledger["bytes_reduction"],
         )
 
     def _taken_of(self) -> str:

@@ -60,7 +60,7 @@ class FakeBench:
         dense = np.random.default_rng([self.seed, part == "test"]).normal(2.0, 0.4, self.windows)
         kind = crc32(json.dumps(policy.to_json()).encode())
         noise = np.random.default_rng([self.seed, part == "test", kind]).normal(0, 0.1 * saved, self.windows)
-        return Measured((dense + self.true_shift(policy) + noise).tolist(), DEPTH * (1 - saved), 32.0, saved)
+        return Measured((dense + self.true_shift(policy) + noise).tolist(), DEPTH * (1 - saved), 32.0, saved, 0.0)
 
     def dense(self, part: Part) -> Measured:
         return self.of(Policy.off(), part)
@@ -258,12 +258,22 @@ def test_progress_of_another_model_or_text_is_not_taken_up(folder: Path, tmp_pat
     model = load(folder / "model", compilation_cache=False)
     windows = cut(model, [TEXT], Plan(40, 8, 256))
     bench = Measurements(model, windows, 8, tmp_path / "progress")
-    bench._known["test x"] = Measured([1.0], 1.0, 8.0, 0.0)
+    bench._known["test x"] = Measured([1.0], 1.0, 8.0, 0.0, 0.0)
     bench._write()
     assert Measurements(model, windows, 8, tmp_path / "progress").resumed == 1
     assert Measurements(model, windows[8:], 8, tmp_path / "progress").resumed == 0
     (tmp_path / "progress").write_text("{")
     assert Measurements(model, windows, 8, tmp_path / "progress").resumed == 0
+
+
+def test_fewer_bits_that_read_more_bytes_are_no_saving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a batch at different precisions: each precision is a product of its own."""
+    model = load(folder / "model", compilation_cache=False)
+    bench = Measurements(model, cut(model, [TEXT], Plan(40, 8, 256)), 8, None)
+    bench.planes = True
+    found = {"dense": Measured([1.0], 2.0, 8.0, 0.0, 0.0), "mixed": Measured([1.0], 2.0, 6.0, 0.0, -0.2)}
+    monkeypatch.setattr(bench, "of", lambda policy, part: found[policy.name])
+    assert bench.cost(Policy(name="mixed")) > bench.cost(Policy(name="dense"))
 
 
 def test_the_parts_share_no_window(folder: Path) -> None:
