@@ -123,10 +123,10 @@ Before and after are the same command on the commits before and after, minutes a
   with 256, twice each: batch 1 float32 18.9 and 19.6 ms against 19.3 and 20.0, 8 bits 9.5 and 10.3 against 10.7 and
   11.5, 4 bits 6.9 and 7.7 against 7.3 and 8.5; batch 8 the same within noise. 10 % at batch 1 does not earn a compiler
   option that only one kind of machine has; whoever has one can set the flag.
-* **Eight rows through codes one by one**, as up to four are: expected to share nothing but skip the cache, since alone such
-  a product of 768 x 3072 took 1.9 ms against 2.2. A whole model was still compiling after six minutes (its program holds
-  every row's loop) and was given up. Codes of all places of a block side by side, so that one product needs neither
-  scale nor offset: 5.0 ms against 2.2, since putting them side by side costs a branch per weight.
+* **Eight rows through codes one by one**, as up to four are: expected to be a little faster, as a product of 768 x 3072
+  alone took 1.9 ms against 2.2. A whole model was still compiling after six minutes (its program holds every row's
+  loop) and was given up. Codes of all places of a block side by side, so that one product needs neither scale nor
+  offset: 5.0 ms against 2.2, since putting them side by side costs a branch per weight.
 * **Whole requests of the reference models**: calibration saves the prompt's work only, and 64 steps of decoding take
   most of the time. 1.5 times is out of reach while no generated token may stop early within +0.2. Codes do not help
   models of 256 to 320: their kernels are too small to be streamed.
