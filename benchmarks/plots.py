@@ -27,7 +27,7 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter, ScalarFormatter
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -41,7 +41,7 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
         ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         if panel.log_x:
             ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         if panel.log_y:
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
