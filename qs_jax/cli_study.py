@@ -99,8 +99,8 @@ def evaluate(
         _print_evaluation(result)
         for row in result.get("table", ()):
             print(
-                f"{row['name']:40} perplexity {row['perplexity']:.3f} ({row['perplexity_increase']:+.3f}), saved "
-                f"{row['flops_reduction']:.1%} of FLOPs, {row['bytes_reduction']:.1%} of weight bytes"
+                f"{row['name']:40} perplexity {row['perplexity']:.3f} ({row['perplexity_increase']:+z.3f}), saved "
+                f"{row['flops_reduction']:z.1%} of FLOPs, {row['bytes_reduction']:z.1%} of weight bytes"
             )
 
 
@@ -117,16 +117,16 @@ def _load(model: str, text: str, documents: str, plan: Any, **loading: Any) -> t
 
 def _print_evaluation(result: dict[str, Any]) -> None:
     protocol, ledger, interval = result["protocol"], result["ledger"], result["perplexity_increase_interval"]
-    between = f" (95 % interval {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
+    between = f" (95 % interval {interval[0]:+z.3f} to {interval[1]:+z.3f})" if interval else ""
     print(
         f"perplexity {result['perplexity']:.3f}, dense {result['perplexity_off']:.3f}: "
-        f"{result['perplexity_increase']:+.3f}{between}\n"
+        f"{result['perplexity_increase']:+z.3f}{between}\n"
         f"{result['tokens_scored']} tokens in {protocol['windows']} windows of {protocol['prefix']} + "
         f"{protocol['window']} tokens, {protocol['batch']} together; "
         f"{result['bits_per_byte'] or float('nan'):.3f} bits per byte\n"
-        f"same most likely token as dense {result['top1_agreement']:.1%}, KL {result['kl_nats']:.4f} nats\n"
-        f"saved {ledger['flops_reduction']:.1%} of FLOPs, {ledger['bytes_reduction']:.1%} of weight bytes, "
-        f"{1 - ledger['kv_slots'] / ledger['kv_slots_off']:.1%} of cache slots; "
+        f"same most likely token as dense {result['top1_agreement']:z.1%}, KL {result['kl_nats']:.4f} nats\n"
+        f"saved {ledger['flops_reduction']:z.1%} of FLOPs, {ledger['bytes_reduction']:z.1%} of weight bytes, "
+        f"{1 - ledger['kv_slots'] / ledger['kv_slots_off']:z.1%} of cache slots; "
         f"{ledger['layers_run_mean']:.2f} layers per token"
     )
 
@@ -196,13 +196,13 @@ def _print_calibration(result: dict[str, Any]) -> None:
     for row in result["tested"]:
         verdict = "trusted" if row["accepted"] else "not trusted"
         print(
-            f"{row['flops_reduction']:6.1%} of FLOPs saved: perplexity {row['perplexity_increase']:+.3f}, "
-            f"at most {row['upper']:+.3f} with {result['confidence']:.0%} confidence: {verdict}"
+            f"{row['flops_reduction']:z6.1%} of FLOPs saved: perplexity {row['perplexity_increase']:+z.3f}, "
+            f"at most {row['upper']:+z.3f} with {result['confidence']:.0%} confidence: {verdict}"
         )
     if chosen is None:
         print(f"nothing can be trusted to stay within {result['max_ppl_increase']:+g}; the policy is off")
     elif uniform is not None:
-        print(f"best uniform stop of the prompt within the budget: {uniform['flops_reduction']:.1%}")
+        print(f"best uniform stop of the prompt within the budget: {uniform['flops_reduction']:z.1%}")
     print(f"written to {result['out']}")
 
 
@@ -245,7 +245,7 @@ def lens(
             print_json(result)
             return
         for layer, share in enumerate(fit.explained, start=2):
-            print(f"layer {layer:3}: {share:6.1%} of what it adds is affine in what enters it")
+            print(f"layer {layer:3}: {share:z6.1%} of what it adds is affine in what enters it")
         print(f"written to {target}")
 
 
