@@ -141,7 +141,7 @@ def _judged(
             ablated=True,
             calibration=(documents["calibration"], calibration_tokens),
             free_runs=free_runs,
-            target=RESULTS / f"quality_{name.replace(', ', '_').replace(' ', '_')}.json",
+            target=RESULTS / f"quality_{name}.json",
             advance=advance,
         )
     return {**result, "model": name, "logprobs": []}

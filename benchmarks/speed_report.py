@@ -67,15 +67,15 @@ def page(results: list[dict[str, Any]], overhead: dict[str, Any] | None, scaling
     """docs/speed.md."""
     parts = [_INTRODUCTION, *(section(result) for result in results)]
     if overhead:
-        host, share = overhead["host_per_chunk"]["median_ms"], overhead["share"]
+        host, share, cpu = overhead["host_per_chunk"]["median_ms"], overhead["share"], overhead["environment"]["cpu"]
         parts.append(
-            f"## Between chunks\n\nThe host costs {host:.2f} ms per chunk of 32 steps, {share:.2%} of the time "
-            "(`python -m benchmarks.host_overhead`).\n"
+            f"## Between chunks\n\nOn {cpu} the host costs {host:.2f} ms per chunk of 32 steps, {share:.2%} of the "
+            "time (`python -m benchmarks.host_overhead`).\n"
         )
     if scaling:
         parts.append(
-            "## How it scales\n\n![scaling](scaling.png)\n\n`python -m benchmarks.scaling`, one process per point.\n"
-            + _flatness(scaling)
+            "## How it scales\n\n![scaling](scaling.png)\n\n`python -m benchmarks.scaling`, one process per point, "
+            f"on {scaling['environment']['cpu']}.\n" + _flatness(scaling)
         )
     return "\n".join([*parts, _TRIED])
 
@@ -124,9 +124,9 @@ Before and after are the same command on the commits before and after, minutes a
   11.5, 4 bits 6.9 and 7.7 against 7.3 and 8.5; batch 8 the same within noise. 10 % at batch 1 does not earn a compiler
   option that only one kind of machine has; whoever has one can set the flag.
 * **Eight rows through codes one by one**, as up to four are: expected to be a little faster, as a product of 768 x 3072
-  alone took 1.9 ms against 2.2. A whole model was still compiling after six minutes (its program holds every row's
-  loop) and was given up. Codes of all places of a block side by side, so that one product needs neither scale nor
-  offset: 5.0 ms against 2.2, since putting them side by side costs a branch per weight.
+  alone took 1.9 ms against 2.2 in a scratch script on a busy machine. A whole model was still compiling after six
+  minutes (its program holds every row's loop) and was given up. Codes of all places of a block side by side, so that
+  one product needs neither scale nor offset: 5.0 ms against 2.2 in the same script.
 * **Batch 32 on a machine with AMX**: transformers in bfloat16 takes 70.0 ms where our float32 takes 77.4 (its float32
   103.1). Nothing was tried against it yet.
 * **Whole requests of the reference models**: calibration saves the prompt's work only, and 64 steps of decoding take

@@ -124,7 +124,7 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         f"{result['tokens_scored']} tokens in {protocol['windows']} windows of {protocol['prefix']} + "
         f"{protocol['window']} tokens, {protocol['batch']} together; "
         f"{result['bits_per_byte'] or float('nan'):.3f} bits per byte\n"
-        f"same most likely token as dense {result['top1_agreement']:z.1%}, KL {result['kl_nats']:.4f} nats\n"
+        f"same most likely token as dense {result['top1_agreement']:.1%}, KL {result['kl_nats']:.4f} nats\n"
         f"saved {ledger['flops_reduction']:z.1%} of FLOPs, {ledger['bytes_reduction']:z.1%} of weight bytes, "
         f"{1 - ledger['kv_slots'] / ledger['kv_slots_off']:z.1%} of cache slots; "
         f"{ledger['layers_run_mean']:.2f} layers per token"
