@@ -64,10 +64,10 @@ def test_rows_of_different_machines_stand_apart() -> None:
 def test_the_page_says_what_was_not_measured() -> None:
     result = {"model": "m", "environment": {"cpu": "c", "cores": 2}, "decode": [row(1, 0.02, 0.03), row(8, 0.1, 0.3)]}
     result["decode"][1]["sides"]["once"] = result["decode"][1]["sides"]["peer"]
-    text = page([result], {"host_per_chunk": {"median_ms": 0.25}, "share": 0.01}, None)
+    text = page([result], {"host_per_chunk": {"median_ms": 0.25}, "share": 0.01, "environment": {"cpu": "d"}}, None)
     assert "| 1 | 20.0 (1.00 ×) | 30.0 (1.50 ×) | – |" in text
     assert "| 8 | 100.0 (1.00 ×) | 300.0 (3.00 ×) | 300.0 (3.00 ×) |" in text
-    assert "0.25 ms per chunk" in text
+    assert "On d the host costs 0.25 ms per chunk" in text
     assert decode_panel(result).lines["once"] == ([8], [300.0])
     assert table(result["decode"][:1], "batch").startswith(f"| batch | {OURS}, ms | peer, ms |")
 
