@@ -50,9 +50,12 @@ def our_generate(model: Model, **settings: Any) -> Generate:
     return lambda prompts, new: generate(model, prompts, max_new_tokens=new, eos_token_id=[], **settings).tokens
 
 
-def our_sides(model: Model, bits: Sequence[int], policies: Sequence[str]) -> dict[str, Generate]:
-    """The dense model, the same weights as nested codes read at each of `bits`, and every policy."""
+def our_sides(
+    model: Model, dtypes: Sequence[str], bits: Sequence[int], policies: Sequence[str]
+) -> dict[str, Generate]:
+    """The dense model, also in `dtypes`, the same weights as nested codes read at each of `bits`, and every policy."""
     sides = {OURS: our_generate(model)}
+    sides |= {f"qs_jax {dtype}": our_generate(model_named(model.name, dtype)) for dtype in dtypes}
     if bits:
         nested = nested_model(model)
         sides |= {f"qs_jax {b}-bit": our_generate(nested, bits=b) for b in bits}
@@ -170,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], help="also our dense model in these")
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 4], help="also our nested codes at these")
     parser.add_argument("--policy", nargs="*", default=[], help="also our adaptive decoding under these")
     parser.add_argument("--peers", nargs="*", default=None, help="only these, such as 'ctranslate2 int8'")
@@ -180,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     threads = environment()["cores"]
     with reporting_errors(debug=True), tempfile.TemporaryDirectory() as temporary:
         model = model_named(arguments.model)
-        sides = our_sides(model, arguments.bits, arguments.policy)
+        sides = our_sides(model, arguments.dtypes, arguments.bits, arguments.policy)
         if arguments.model in SHAPES:
             folder = (arguments.folder or Path(temporary)) / arguments.model
             source = write_hugging_face(model, SHAPES[arguments.model], folder)

@@ -93,7 +93,7 @@ def lens_entropy(model: CausalLM, hidden_states: Hidden, shortlist: int) -> Valu
         return entropy_bits(model.head(hidden_states))
     kernel = model.head_kernel
     few = kernel.rows(jnp.arange(shortlist)) if isinstance(kernel, NestedKernel) else kernel[:shortlist]
-    return entropy_bits(project(model.final_norm(hidden_states), few))
+    return entropy_bits(project(model.final_norm(hidden_states), few, jnp.float32))
 
 
 def uniform(positions: Int[Array, "*tokens"], tokens: Int[Array, "*tokens"], layer: int) -> Value:

@@ -13,7 +13,7 @@ from qs_jax.adaptive.halting import is_special
 from qs_jax.adaptive.signals import entropy_bits
 from qs_jax.cache import Cache, append
 from qs_jax.engine.descent import Context, Work, Written, descend
-from qs_jax.engine.sampling import SamplingPlan, SamplingSettings, next_tokens
+from qs_jax.engine.sampling import SamplingPlan, SamplingSettings, log_normaliser, next_tokens
 from qs_jax.engine.stopping import is_eos
 from qs_jax.models.base import CausalLM
 
@@ -184,7 +184,7 @@ def _choose(
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions) if plan.do_sample else state.keys
     tokens = next_tokens(logits, state.seen, keys, controls.settings, plan)
     tokens = jnp.where(forced >= 0, forced, tokens)
-    logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_normaliser(logits)
     zeros = jnp.zeros_like(tokens)
     kept = logits if program.keep_logits else logits[:, :0]
     return Chosen(tokens, logprobs, ~state.done, zeros, zeros, jnp.zeros_like(logprobs), kept)

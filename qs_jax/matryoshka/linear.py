@@ -1,6 +1,5 @@
 """Products with nested kernels, and the precision at which a whole module reads them."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import TypeGuard, TypeVar
 
@@ -17,8 +16,6 @@ Tree = TypeVar("Tree")
 
 Rows = Float[Array, "rows inputs"]
 Result = Float[Array, "rows outputs"]
-Stream = Callable[[Rows, NestedKernel, int], Result]
-
 _LARGE = 2**19
 """Weights of a kernel from which on the CPU reads codes instead of writing out weights first."""
 
@@ -56,7 +53,7 @@ def is_nested(leaf: object) -> TypeGuard[NestedKernel]:
 
 
 def nested_product(x: Float[Array, "*rows inputs"], kernel: NestedKernel) -> Float[Array, "*rows outputs"]:
-    """`x @ weights.T` at the kernel's precision; where that is per row, rows are those of x's first axis.
+    """`x @ weights.T` at the kernel's precision, in float32; where that is per row, rows are those of x's first axis.
 
     A batch of mixed precisions costs one product for each that occurs, a uniform one exactly one.
     """
@@ -65,7 +62,7 @@ def nested_product(x: Float[Array, "*rows inputs"], kernel: NestedKernel) -> Flo
         y = _product(rows, kernel, kernel.bits)
     else:
         wanted = jnp.repeat(kernel.row_bits, rows.shape[0] // x.shape[0], total_repeat_length=rows.shape[0])
-        y = jnp.zeros((rows.shape[0], kernel.shape[0]), x.dtype)
+        y = jnp.zeros((rows.shape[0], kernel.shape[0]), jnp.float32)
         for bits in BITS[: BITS.index(kernel.least) + 1]:
             mine = wanted == bits
             y = jax.lax.cond(
@@ -83,13 +80,9 @@ def _product(x: Rows, kernel: NestedKernel, bits: int) -> Result:
     if kernel.size < _LARGE or x.shape[0] > SOME_ROWS:
         return _multiply(x, kernel, bits)
     stream = multiply_streams if x.shape[0] <= FEW_ROWS else multiply_groups
-    on_cpu = partial(_streamed, stream, bits=bits)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_multiply, bits=bits))
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(stream, bits=bits), default=partial(_multiply, bits=bits))
 
 
 def _multiply(x: Rows, kernel: NestedKernel, bits: int) -> Result:
-    return jax.lax.dot_general(x, kernel.dequantise(bits).astype(x.dtype), (((1,), (1,)), ((), ())))
-
-
-def _streamed(stream: Stream, x: Rows, kernel: NestedKernel, *, bits: int) -> Result:
-    return stream(x, kernel, bits).astype(x.dtype)
+    weights = kernel.dequantise(bits).astype(x.dtype)
+    return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -32,6 +32,9 @@ FEW_ROWS = 4
 SOME_ROWS = 64
 """Up to this many go through groups of weights decoded into cache; beyond it a whole dense product is faster."""
 
+_PART = 128
+"""Inputs whose weights are decoded into cache at once; twice as many leave it."""
+
 _SPAN = 64
 _CHAINS = 2
 
@@ -90,19 +93,22 @@ def _span_products(
 
 
 def multiply_groups(x: Rows, kernel: NestedKernel, bits: int) -> Result:
-    """`x @ weights.T` group by group: weights of one group of inputs, in cache, times that part of every row."""
+    """`x @ weights.T` part by part: weights of a few groups of inputs, in cache, times those inputs of every row."""
     slice_ = BITS.index(bits)
-    rows = _padded(x.astype(jnp.float32), kernel).reshape(x.shape[0], kernel.groups, -1).swapaxes(0, 1)
+    together = math.gcd(kernel.groups, max(1, _PART // kernel.group_size))
+    parts = kernel.groups // together
+    rows = _padded(x.astype(jnp.float32), kernel).reshape(x.shape[0], parts, -1).swapaxes(0, 1)
 
     def add(y: Result, part: tuple[Rows, Planes, Array, Array]) -> tuple[Result, None]:
         rows, planes, scale, offset = part
-        codes = unpack(Planes(*(plane[None] for plane in planes)), bits)
-        level = levels(codes, bits, kernel.bend[slice_])
-        weights = dequantised(level, scale[None], offset_in_steps(offset, bits)[None])
-        return y + jax.lax.dot_general(rows, weights[0], (((1,), (0,)), ((), ()))), None
+        level = levels(unpack(planes, bits), bits, kernel.bend[slice_])
+        weights = dequantised(level, scale, offset_in_steps(offset, bits)).reshape(rows.shape[1], -1)
+        return y + jax.lax.dot_general(rows, weights, (((1,), (0,)), ((), ()))), None
 
     zeros = jnp.zeros((x.shape[0], kernel.shape[0]), jnp.float32)
-    return jax.lax.scan(add, zeros, (rows, kernel.planes, kernel.scales[slice_], kernel.offsets[slice_]))[0]
+    in_parts = (kernel.planes, kernel.scales[slice_], kernel.offsets[slice_])
+    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, together, *leaf.shape[1:]), in_parts)
+    return jax.lax.scan(add, zeros, (rows, *cut))[0]
 
 
 def _padded(x: Rows, kernel: NestedKernel) -> Float[Array, "rows padded"]:

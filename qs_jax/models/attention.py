@@ -4,28 +4,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 
 class Segment(NamedTuple):
     """A run of keys and values that queries may look at.
 
-    Keys keep channels last and values keep slots last, so that both products of attention contract over the
-    contiguous axis; at one query per row that is three to five times faster on CPU than the other order. `bias`, if
-    there is one, is added to every query's logits for the slot.
+    Channels come last, so that a token is written as one piece per head. `bias`, if there is one, is added to every
+    query's logits for the slot.
     """
 
     keys: Float[Array, "batch kv_heads slots head_dim"]
-    values: Float[Array, "batch kv_heads head_dim slots"]
+    values: Float[Array, "batch kv_heads slots head_dim"]
     visible: Bool[Array, "#batch #queries slots"]
     bias: Float[Array, "batch slots"] | None = None
 
 
 View = tuple[Segment, ...]
 
-_FEW_ROWS = 8
-"""Rows of a product that on the CPU go one by one: it packs what several rows share before it multiplies."""
+_FEW_ROWS = 4
+"""Rows of a float32 product that on the CPU go one by one: it packs what several rows share before it multiplies."""
 
 
 def new_segment(
@@ -37,7 +35,7 @@ def new_segment(
     """Tokens being processed now; unless said otherwise each sees itself and those before it."""
     tokens = k.shape[1]
     causal = jnp.tril(jnp.ones((1, tokens, tokens), bool)) if visible is None else visible
-    return Segment(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1), causal, bias)
+    return Segment(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), causal, bias)
 
 
 def attention(
@@ -55,33 +53,44 @@ def attention(
     grouped = grouped.reshape(batch, kv_heads, group * queries, head_dim)
     scores = []
     for segment in view:
-        score = _product(grouped, segment.keys, jnp.float32)
+        score = _product("bkri,bkci->bkrc", grouped, segment.keys)
         score = score.reshape(batch, kv_heads, group, queries, -1) * scale
         if segment.bias is not None:
             score += segment.bias[:, None, None, None]
         scores.append(jnp.where(segment.visible[:, None, None], score, -jnp.inf))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     weights = weights.reshape(batch, kv_heads, group * queries, -1)
-    mixed, start = jnp.zeros_like(grouped), 0
+    mixed, start = jnp.zeros(grouped.shape, jnp.float32), 0
     for segment in view:
         stop = start + segment.keys.shape[2]
-        mixed += _product(weights[..., start:stop], segment.values, q.dtype)
+        mixed += _product("bkri,bkic->bkrc", weights[..., start:stop], segment.values)
         start = stop
     mixed = mixed.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, queries, heads * head_dim)
+    return mixed.reshape(batch, queries, heads * head_dim).astype(q.dtype)
 
 
 def _product(
-    a: Float[Array, "batch kv_heads rows inner"], b: Float[Array, "batch kv_heads columns inner"], dtype: DTypeLike
+    axes: str, a: Float[Array, "batch kv_heads rows inner"], b: Float[Array, "batch kv_heads _ _"]
 ) -> Float[Array, "batch kv_heads rows columns"]:
-    """a @ b.T per head. Few rows one by one are 1.2 to 3 times faster on CPU; elsewhere b would be read for each."""
+    """A product per head, in float32, arranged on CPU for how many rows there are.
+
+    Few rows of float32 one by one are up to 1.5 times faster there; elsewhere `b` would be read for each. One row of a
+    narrower type goes as two: a product of one is not among those the CPU backend has a kernel for, and would first
+    write out all of `b` as float32.
+    """
+    rows = a.shape[2]
 
     def together(a: Array, b: Array) -> Array:
-        return jnp.einsum("bkri,bkci->bkrc", a, b, preferred_element_type=dtype)
+        return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
     def one_by_one(a: Array, b: Array) -> Array:
-        return jnp.concatenate([together(row, b) for row in jnp.split(a, a.shape[2], axis=2)], axis=2)
+        return jnp.concatenate([together(row, b) for row in jnp.split(a, rows, axis=2)], axis=2)
 
-    if not 1 < a.shape[2] <= _FEW_ROWS:
-        return together(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=one_by_one, default=together)
+    def as_two(a: Array, b: Array) -> Array:
+        return together(jnp.concatenate([a, a], axis=2), b)[:, :, :1]
+
+    if a.dtype == jnp.float32 and 1 < rows <= _FEW_ROWS:
+        return jax.lax.platform_dependent(a, b, cpu=one_by_one, default=together)
+    if a.dtype != jnp.float32 and rows == 1:
+        return jax.lax.platform_dependent(a, b, cpu=as_two, default=together)
+    return together(a, b)

@@ -109,8 +109,8 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden_states: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
         """Next-token logits in float32."""
-        logits = project(self.final_norm(hidden_states), self.head_kernel)
-        return logits[..., : self.config.vocab_size].astype(jnp.float32)
+        logits = project(self.final_norm(hidden_states), self.head_kernel, jnp.float32)
+        return logits[..., : self.config.vocab_size]
 
     def shortcut(self, layer: int, hidden_states: Hidden) -> Hidden:
         """About what would leave a layer that enters here, without running it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import Activation
@@ -30,17 +31,24 @@ Kernel = Float[Array, "outputs inputs"] | NestedKernel
 """Weights of a projection: plain, or quantised and read at a precision of their own."""
 
 
-def project(x: Float[Array, "*rows inputs"], kernel: Kernel) -> Float[Array, "*rows outputs"]:
-    """`x @ kernel.T`, arranged on CPU for how many rows there are (measured in benchmarks/kernel_layout.py)."""
+def project(
+    x: Float[Array, "*rows inputs"], kernel: Kernel, dtype: DTypeLike | None = None
+) -> Float[Array, "*rows outputs"]:
+    """`x @ kernel.T`, arranged on CPU for how many rows there are (measured in benchmarks/kernel_layout.py).
+
+    Sums are float32 whatever the operands; the result is of `dtype`, that of `x` unless given.
+    """
     if isinstance(kernel, NestedKernel):
-        return nested_product(x, kernel)
-    rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.platform_dependent(rows, kernel, cpu=_project_on_cores, default=_project)
-    return y.reshape(*x.shape[:-1], kernel.shape[0])
+        y = nested_product(x, kernel)
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        y = jax.lax.platform_dependent(rows, kernel, cpu=_project_on_cores, default=_project)
+        y = y.reshape(*x.shape[:-1], kernel.shape[0])
+    return y.astype(x.dtype if dtype is None else dtype)
 
 
 def _project(x: Float[Array, "rows inputs"], kernel: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
-    return jax.lax.dot_general(x, kernel, (((1,), (1,)), ((), ())))
+    return jax.lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _project_on_cores(
@@ -49,15 +57,20 @@ def _project_on_cores(
     """A handful of rows go through a product batched over one block of outputs per core.
 
     XLA's CPU backend divides a small product badly among cores; a batch it divides well, and reads the weights up
-    to twice as fast. Prefill-sized products are better left whole.
+    to twice as fast. Prefill-sized products are better left whole. One row of a narrower type than float32 goes as two:
+    a product of one is not among those the backend has a kernel for.
     """
     outputs, inputs = kernel.shape
     blocks = math.gcd(outputs, 1 << (_CORES.bit_length() - 1))
-    if x.shape[0] > _FEW_ROWS or blocks == 1:
-        return _project(x, kernel)
+    rows = x.shape[0]
+    if rows == 1 and x.dtype != jnp.float32:
+        x = jnp.concatenate([x, x])
+    if rows > _FEW_ROWS or blocks == 1:
+        return _project(x, kernel)[:rows]
     spread = jnp.broadcast_to(x, (blocks, *x.shape))
-    y = jnp.einsum("nri,noi->rno", spread, kernel.reshape(blocks, outputs // blocks, inputs))
-    return y.reshape(x.shape[0], outputs)
+    kernel = kernel.reshape(blocks, outputs // blocks, inputs)
+    y = jnp.einsum("nri,noi->rno", spread, kernel, preferred_element_type=jnp.float32)
+    return y.reshape(x.shape[0], outputs)[:rows]
 
 
 class Linear(nnx.Module):

@@ -69,7 +69,7 @@ def hidden(windows: int = 8, window: int = 32) -> jax.Array:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("inputs", "group_size", "bend"), [(128, 128, 0.0), (60, 32, 0.3)])
+@pytest.mark.parametrize(("inputs", "group_size", "bend"), [(128, 128, 0.0), (60, 32, 0.3), (192, 32, 0.0)])
 def test_streamed_products_are_those_of_the_weights(inputs: int, group_size: int, bend: float, bits: int) -> None:
     values = grouped(normal(24, inputs), group_size)
     grid = between_extremes(values)
