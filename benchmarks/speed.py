@@ -50,9 +50,7 @@ def our_generate(model: Model, **settings: Any) -> Generate:
     return lambda prompts, new: generate(model, prompts, max_new_tokens=new, eos_token_id=[], **settings).tokens
 
 
-def our_sides(
-    model: Model, dtypes: Sequence[str], bits: Sequence[int], policies: Sequence[str]
-) -> dict[str, Generate]:
+def our_sides(model: Model, dtypes: Sequence[str], bits: Sequence[int], policies: Sequence[str]) -> dict[str, Generate]:
     """The dense model, also in `dtypes`, the same weights as nested codes read at each of `bits`, and every policy."""
     sides = {OURS: our_generate(model)}
     sides |= {f"qs_jax {dtype}": our_generate(model_named(model.name, dtype)) for dtype in dtypes}

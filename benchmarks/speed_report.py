@@ -114,7 +114,31 @@ Before and after are the same command on the commits before and after, minutes a
   to 26.5 ms, at 4 bits from 89 to 16 (`decode --batch 1`).
 * **Attention of grouped heads.** Rows of a product that share keys are packed first; one by one they read memory as it
   lies. Expected from the product alone: 2 times faster attention; a whole request of the Llama reference model, dense,
-  went from 711 to 503 ms (`request`).
+  went from 711 to 503 ms (`request`, EPYC). On the Xeon up to 4 rows gain (1.5 times for two over 1,024 slots) and 8
+  lose as much, so that 4 is the limit.
+* **bfloat16 on a CPU** took 58 ms per step at batch 1 and 197 at batch 32, three times float32: asked for products in
+  bfloat16, XLA writes every weight out as float32 at every step. Asked for sums in float32 it has kernels that read
+  bfloat16 as it is, from two rows on. Expected: half of float32's time at every batch, as half is read. See the tables:
+  0.75 of it at batch 1, half at batch 2 and 8. Two more things stood in the way. One row goes as two. A scatter of
+  bfloat16 turned the whole cache into float32 and back (24 ms per step at batch 32); to choose between old and new in
+  every slot, by their bits, takes 0.6.
+* **Cache writes.** Values lay with slots last, for products that contract over a contiguous axis, and a token wrote one
+  number per cache line: 6.9 of 83 ms at batch 32 in a profile. Expected with channels last: 5 ms less at batch 32, and
+  attention over long contexts up to 10 % slower. Outcome, alternating with the commit before: 70.6 ms against 74.9 at
+  batch 32, 36.4 against 38.1 at batch 8, level at batch 1 with 32, 200 and 512 tokens before.
+* **Logits of several rows** come out of the head's product with rows side by side; to turn them over for `argmax` and
+  the softmax's sum took 9 ms at batch 32. Expected from the reductions alone: 5 ms less. Outcome: 2.5 (68.0 against
+  70.6), nothing at batch 8.
+* **Two groups of codes at a time** from five rows on. Expected from the product alone: 18 % at 8 rows. Outcome: a step
+  at batch 8 and 8 bits went from 64.1 to 57.4 ms. Four at a time leave the cache.
+* **Codes through bfloat16 products** (levels are exact in it, inputs as a sum of three parts, so that the result is
+  that of float32): expected twice as fast at 8 rows; 4.9 ms per kernel against 1.25, as every group's result is
+  written out before its scale. int8 times int8 in three parts: 7.2. Weights and inputs rounded to bfloat16: 1.0, no
+  faster than two groups at a time in float32, and not the stored weights.
+* **Attention on both cores.** Its many small products run on one core, at 12 GB/s. As sums written out by span they ran
+  on both: 18.4 ms against 26.0 at batch 32, 5.2 against 6.6 at batch 8, level at batch 1 and slower over 1,024 slots
+  (6.9 ms against 4.0); they need keys with slots last, which are slow to write. The batch's halves as arrays of their
+  own are not run side by side: 24.0 against 26.8. Not used; products only, in a scratch script.
 * **8 bits against CTranslate2's int8**: level at batch 1 on a Xeon with AVX-512, not on an EPYC without, where both
   cores are busy decoding codes, not waiting for them. At 4 bits a step is the faster on both. At batch 8 weights are
   decoded into cache and multiplied as float32, which costs more than reading float32 does.
@@ -127,8 +151,6 @@ Before and after are the same command on the commits before and after, minutes a
   alone took 1.9 ms against 2.2 in a scratch script on a busy machine. A whole model was still compiling after six
   minutes (its program holds every row's loop) and was given up. Codes of all places of a block side by side, so that
   one product needs neither scale nor offset: 5.0 ms against 2.2 in the same script.
-* **Batch 32 on a machine with AMX**: transformers in bfloat16 takes 70.0 ms where our float32 takes 77.4 (its float32
-  103.1). Nothing was tried against it yet.
 * **Whole requests of the reference models**: calibration saves the prompt's work only, and 64 steps of decoding take
   most of the time. 1.5 times is out of reach while no generated token may stop early within +0.2. Codes do not help
   models of 256 to 320: their kernels are too small to be streamed.

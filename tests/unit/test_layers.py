@@ -79,6 +79,4 @@ def test_tokens_take_the_next_slots_and_those_without_change_nothing(dtype: DTyp
 def test_the_most_likely_is_the_first_of_equals_and_the_normaliser_that_of_softmax(rows: int) -> None:
     logits = normal(rows, 300).at[:, jnp.asarray([41, 17, 250])].set(9.0)
     assert jax.jit(most_likely)(logits).tolist() == [17] * rows
-    np.testing.assert_allclose(
-        jax.jit(log_normaliser)(logits), np.log(np.exp(exact(logits)).sum(axis=-1)), rtol=1e-6
-    )
+    np.testing.assert_allclose(jax.jit(log_normaliser)(logits), np.log(np.exp(exact(logits)).sum(axis=-1)), rtol=1e-6)
