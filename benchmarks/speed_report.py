@@ -63,7 +63,12 @@ def section(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def page(results: list[dict[str, Any]], overhead: dict[str, Any] | None, scaling: dict[str, Any] | None) -> str:
+def page(
+    results: list[dict[str, Any]],
+    overhead: dict[str, Any] | None,
+    scaling: dict[str, Any] | None,
+    profiles: dict[str, Any] | None = None,
+) -> str:
     """docs/speed.md."""
     parts = [_INTRODUCTION, *(section(result) for result in results)]
     if overhead:
@@ -77,7 +82,20 @@ def page(results: list[dict[str, Any]], overhead: dict[str, Any] | None, scaling
             "## How it scales\n\n![scaling](scaling.png)\n\n`python -m benchmarks.scaling`, one process per point, "
             f"on {scaling['environment']['cpu']}.\n" + _flatness(scaling)
         )
+    if profiles:
+        parts.append(_profiled(profiles["profiles"]))
     return "\n".join([*parts, _TRIED])
+
+
+def _profiled(profiles: dict[str, Any]) -> str:
+    """The longest kinds of operation of every profiled step, side by side."""
+    parts = [_PROFILES]
+    for name, profile in profiles.items():
+        lines = [f"{name}, {profile['cpu']}:\n", "| operation | result | times | ms |", "|---|---|---|---|"]
+        for row in profile["kinds"][:_LONGEST]:
+            lines.append(f"| {row['kind']} | {row['result']} | {row['count']} | {row['ms']:.2f} |")
+        parts.append("\n".join([*lines, f"| all | | | {profile['total_ms']:.2f} |", ""]))
+    return "\n".join(parts)
 
 
 def _flatness(scaling: dict[str, Any]) -> str:
@@ -101,6 +119,14 @@ Against what a user would run instead, on the same weights, greedily, all cores,
 measure, `python -m benchmarks.speed_report` writes this page.
 
 ![speed](speed.png)
+"""
+
+_LONGEST = 8
+_PROFILES = """## Where a step's time goes
+
+`python -m benchmarks.step_profile`: the longest kinds of operation, summed over a step as the backend reports them.
+Those that run side by side are each counted in full, and tracing slows all. `dot` and `ynn_fusion` are products, the
+latter by XLA's library YNNPACK; `f32[2,384,32]` is a product for 32 rows with outputs in a block per core.
 """
 
 _TRIED = """## What was tried
@@ -162,7 +188,7 @@ def main() -> None:
     files = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
     results = [part for file in files for part in by_machine(file)]
     draw([decode_panel(result) for result in results if len(result.get("decode", [])) > 1], DOCS / "speed.png")
-    (DOCS / "speed.md").write_text(page(results, read("host_overhead"), read("scaling")), "utf-8")
+    (DOCS / "speed.md").write_text(page(results, *map(read, ("host_overhead", "scaling", "step_profile"))), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Grouped-query attention over a view: one or more runs of keys and values, each with its own mask."""
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,6 +28,10 @@ _FEW_ROWS = 4
 """Rows of a float32 product that on the CPU go one by one: it packs what several rows share before it multiplies."""
 
 
+_QUERIES = 256
+"""Queries that attend at once on the CPU; rows of a batch attend together."""
+
+
 def new_segment(
     k: Float[Array, "batch tokens kv_heads head_dim"],
     v: Float[Array, "batch tokens kv_heads head_dim"],
@@ -46,6 +52,36 @@ def attention(
     The segments' scores are joined, never their keys and values: the cache is read where it lies.
     Every query must see at least one slot.
     """
+    block = math.gcd(q.shape[1], _QUERIES)
+    if block == q.shape[1]:
+        return _attend(q, view, scale)
+    return jax.lax.platform_dependent(
+        q, view, cpu=partial(_in_blocks, scale=scale, block=block), default=partial(_attend, scale=scale)
+    )
+
+
+def _in_blocks(
+    q: Float[Array, "batch queries heads head_dim"], view: View, scale: float, block: int
+) -> Float[Array, "batch queries features"]:
+    """Some queries at a time, so that fewer scores are written out between the product and the softmax."""
+
+    def cut(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
+
+    masks = [segment.visible for segment in view]
+    masks = [jnp.broadcast_to(mask, (mask.shape[0], q.shape[1], mask.shape[2])) for mask in masks]
+
+    def attend(part: tuple[Array, list[Array]]) -> Float[Array, "batch block features"]:
+        seen = zip(view, part[1], strict=True)
+        return _attend(part[0], tuple(segment._replace(visible=mask) for segment, mask in seen), scale)
+
+    mixed = jax.lax.map(attend, (cut(q), [cut(mask) for mask in masks]))
+    return mixed.swapaxes(0, 1).reshape(*q.shape[:2], -1)
+
+
+def _attend(
+    q: Float[Array, "batch queries heads head_dim"], view: View, scale: float
+) -> Float[Array, "batch queries features"]:
     batch, queries, heads, head_dim = q.shape
     kv_heads = view[0].keys.shape[1]
     group = heads // kv_heads

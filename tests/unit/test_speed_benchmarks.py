@@ -13,6 +13,7 @@ from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
 from benchmarks.speed_report import by_machine, decode_panel, page
+from benchmarks.step_profile import by_kind
 from qs_jax.matryoshka.kernel import NestedKernel
 from tests.tiny import tiny_model
 
@@ -96,6 +97,21 @@ def test_nested_shapes_hold_the_same_weights() -> None:
     plain = np.asarray(model.network.blocks[0].q.kernel.get_value())
     np.testing.assert_allclose(np.asarray(kernel.dequantise(8)), plain, atol=np.abs(plain).max() / 100)
     assert embedding.least == 8
+
+
+def test_a_profile_takes_operations_together_that_differ_in_their_number() -> None:
+    program = """
+      %dot.1 = f32[2,8]{1,0} dot(%a, %b)
+      ROOT %dot.2 = f32[2,8]{1,0} dot(%a, %b)
+      %dot.3 = f32[4]{0} dot(%a, %b)
+      %arg_max = (f32[3]{0}, s32[3]{0}) fusion(%dot.3)"""
+    kinds = by_kind({"dot.1": 1.0, "dot.2": 2.0, "dot.3": 4.0, "arg_max": 0.5, "while": 0.1}, program)
+    assert [(kind["kind"], kind["result"], kind["count"], kind["ms"]) for kind in kinds] == [
+        ("dot", "f32[4]", 1, 4.0),
+        ("dot", "f32[2,8]", 2, 3.0),
+        ("arg_max", "f32[3]", 1, 0.5),
+        ("while", "", 1, 0.1),
+    ]
 
 
 def test_segments_that_run_are_the_layers_without_conditionals() -> None:

@@ -1,0 +1,97 @@
+"""Where the time of a decode step goes: milliseconds per step by kind of operation and shape of its result.
+
+    python -m benchmarks.step_profile                             # GPT-2-124M shape, float32, batch 1
+    python -m benchmarks.step_profile --batch 32 --dtype bfloat16 # adds to benchmarks/results/step_profile.json
+    python -m benchmarks.step_profile --quick                     # few steps, nothing written
+
+Runs one request under JAX's profiler and sums what the backend reports for the compiled decode loop. Operations that
+run side by side are each counted in full, so that the sum exceeds the time of a step; tracing slows both.
+"""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData
+
+from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.shapes import SHAPES, random_model
+from benchmarks.speed import PROMPT_TOKENS, our_generate, same_prompts
+
+_PROGRAM = "decode_chunk"
+
+
+def traced(folder: Path, model_name: str, dtype: str, batch: int, steps: int) -> dict[str, float]:
+    """Milliseconds per step of every operation of the decode loop, by its name in the compiled program."""
+    model = random_model(SHAPES[model_name], model_name, dtype)
+    prompts, generate = same_prompts(model, batch, PROMPT_TOKENS), our_generate(model)
+    generate(prompts, steps + 1)
+    with jax.profiler.trace(str(folder)):
+        generate(prompts, steps + 1)
+    (file,) = folder.rglob("*.xplane.pb")
+    spent: Counter[str] = Counter()
+    for plane in ProfileData.from_file(str(file)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if _PROGRAM in str(dict(event.stats).get("hlo_module", "")):
+                    spent[event.name] += event.duration_ns / 1e6 / steps
+    return dict(spent)
+
+
+def by_kind(spent: dict[str, float], program: str) -> list[dict[str, Any]]:
+    """Operations that differ only in their number taken together, longest first.
+
+    Args:
+        spent: milliseconds by name, such as "dot.12".
+        program: the compiled program as text, in which `dot.12 = f32[2,384,1]{…} …` tells the result's shape.
+    """
+    shapes = dict(re.findall(r"%([\w.-]+) = \(?(\w+\[[\d,]*\])", program))
+    total: Counter[tuple[str, str]] = Counter()
+    count: Counter[tuple[str, str]] = Counter()
+    for name, ms in spent.items():
+        kind = re.sub(r"\.\d+$", "", name), shapes.get(name, "")
+        total[kind] += ms
+        count[kind] += 1
+    return [
+        {"kind": kind, "result": shape, "count": count[kind, shape], "ms": ms}
+        for (kind, shape), ms in total.most_common()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2-124m", choices=tuple(SHAPES))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--show", type=int, default=16, help="longest kinds to print")
+    parser.add_argument("--quick", action="store_true", help="4 steps, nothing written")
+    arguments = parser.parse_args()
+    steps = 4 if arguments.quick else arguments.steps
+    with tempfile.TemporaryDirectory() as folder:
+        dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{_PROGRAM}.*"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
+        spent = traced(Path(folder) / "trace", arguments.model, arguments.dtype, arguments.batch, steps)
+        texts = [path.read_text("utf-8") for path in Path(folder).glob("*after_optimizations.txt")]
+    kinds = by_kind(spent, "\n".join(texts))
+    print("| operation | result | times | ms per step |\n|---|---|---|---|")
+    for row in kinds[: arguments.show]:
+        print(f"| {row['kind']} | {row['result']} | {row['count']} | {row['ms']:.2f} |")
+    print(f"| all | | {len(spent)} | {sum(spent.values()):.2f} |")
+    if not arguments.quick:
+        path = RESULTS / "step_profile.json"
+        rows = json.loads(path.read_text("utf-8"))["profiles"] if path.is_file() else {}
+        key = f"{arguments.model} {arguments.dtype} batch {arguments.batch}"
+        facts = {"steps": steps, "date": environment()["date"], "cpu": environment()["cpu"]}
+        rows[key] = {**facts, "total_ms": sum(spent.values()), "kinds": kinds[: arguments.show]}
+        print(write_result("step_profile", {"profiles": rows}))
+
+
+if __name__ == "__main__":
+    main()
