@@ -6,6 +6,9 @@ from pathlib import Path
 
 Line = tuple[Sequence[float], Sequence[float]]
 
+_LINES_AROUND_A_LEGEND = 5
+"""With more of them the legend goes beside the axes."""
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -22,7 +25,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
-    """Draw the panels in a grid and write them to `path`."""
+    """Draw the panels in a grid and write them to `path`; a label has one colour in all of them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,10 +37,12 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
     figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 3.8 * rows), squeeze=False, layout="constrained")
     for spare in axes.flat[len(panels) :]:
         spare.set_visible(False)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
     for panel, ax in zip(panels, axes.flat, strict=False):
         for label, (x, y) in panel.lines.items():
-            faint = label in panel.faint
-            ax.plot(x, y, label=label, marker="" if faint else "o", markersize=3, linewidth=0.7 if faint else 1.6)
+            faint, colour = label in panel.faint, f"C{labels.index(label) % 10}"
+            style = {"marker": "", "linewidth": 0.7} if faint else {"marker": "o", "markersize": 3, "linewidth": 1.6}
+            ax.plot(x, y, label=label, color=colour, **style)
         ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         if panel.log_x:
             ax.set_xscale("log", base=2)
@@ -50,7 +55,10 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if len(panel.lines) > 1:
-            ax.legend(frameon=False, fontsize="small")
+            beside = (
+                {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(panel.lines) > _LINES_AROUND_A_LEGEND else {}
+            )
+            ax.legend(frameon=False, fontsize="small", **beside)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
