@@ -55,10 +55,9 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> Path:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if len(panel.lines) > 1:
-            beside = (
-                {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(panel.lines) > _LINES_AROUND_A_LEGEND else {}
-            )
-            ax.legend(frameon=False, fontsize="small", **beside)
+            many = len(panel.lines) > _LINES_AROUND_A_LEGEND
+            place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+            ax.legend(frameon=False, fontsize="small", **place)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
