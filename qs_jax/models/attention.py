@@ -1,6 +1,5 @@
 """Grouped-query attention over a view: one or more runs of keys and values, each with its own mask."""
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -27,9 +26,11 @@ View = tuple[Segment, ...]
 _FEW_ROWS = 4
 """Rows of a float32 product that on the CPU go one by one: it packs what several rows share before it multiplies."""
 
-
 _QUERIES = 256
-"""Queries that attend at once on the CPU; rows of a batch attend together."""
+"""Queries of a row that at most attend at once on the CPU."""
+
+_FEWEST_QUERIES = 64
+"""Blocks of fewer are not worth their loop."""
 
 
 def new_segment(
@@ -52,8 +53,9 @@ def attention(
     The segments' scores are joined, never their keys and values: the cache is read where it lies.
     Every query must see at least one slot.
     """
-    block = math.gcd(q.shape[1], _QUERIES)
-    if block == q.shape[1]:
+    queries = q.shape[1]
+    block = next(n for n in range(min(queries, _QUERIES), 0, -1) if queries % n == 0)
+    if block == queries or block < _FEWEST_QUERIES:
         return _attend(q, view, scale)
     return jax.lax.platform_dependent(
         q, view, cpu=partial(_in_blocks, scale=scale, block=block), default=partial(_attend, scale=scale)

@@ -57,13 +57,15 @@ def test_attention_over_two_segments_is_that_over_all_slots(dtype: DTypeLike, qu
     np.testing.assert_allclose(exact(found), expected, atol=8 * float(jnp.finfo(dtype).eps))
 
 
-def test_many_queries_attend_in_blocks_as_they_would_at_once() -> None:
-    q, k, v = normal(2, 384, 2, 8), normal(2, 2, 384, 8), normal(2, 2, 384, 8)
+@pytest.mark.parametrize("queries", [384, 269])
+def test_many_queries_attend_as_each_does_alone(queries: int) -> None:
+    """384 go in blocks; 269 is prime."""
+    q, k, v = normal(2, queries, 2, 8), normal(2, 2, queries, 8), normal(2, 2, queries, 8)
     past = Segment(normal(2, 2, 5, 8), normal(2, 2, 5, 8), jnp.ones((1, 1, 5), bool), normal(2, 5))
-    view = past, Segment(k, v, jnp.tril(jnp.ones((1, 384, 384), bool)))
+    view = past, Segment(k, v, jnp.tril(jnp.ones((1, queries, queries), bool)))
     together = jax.jit(attention, static_argnums=2)(q, view, 0.3)
-    for query in (0, 127, 128, 383):
-        seen = past, Segment(k, v, jnp.arange(384)[None, None] <= query)
+    for query in (0, 191, 192, queries - 1):
+        seen = past, Segment(k, v, jnp.arange(queries)[None, None] <= query)
         alone = attention(q[:, query : query + 1], seen, 0.3)
         np.testing.assert_allclose(together[:, query : query + 1], alone, atol=1e-5)
 
