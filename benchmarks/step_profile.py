@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def traced(folder: Path, model_name: str, dtype: str, batch: int, steps: int) ->
     with jax.profiler.trace(str(folder)):
         generate(prompts, steps + 1)
     (file,) = folder.rglob("*.xplane.pb")
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for plane in ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
             for event in line.events:
@@ -52,16 +52,11 @@ def by_kind(spent: dict[str, float], program: str) -> list[dict[str, Any]]:
         program: the compiled program as text, in which `dot.12 = f32[2,384,1]{…} …` tells the result's shape.
     """
     shapes = dict(re.findall(r"%([\w.-]+) = \(?(\w+\[[\d,]*\])", program))
-    total: Counter[tuple[str, str]] = Counter()
-    count: Counter[tuple[str, str]] = Counter()
+    together: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for name, ms in spent.items():
-        kind = re.sub(r"\.\d+$", "", name), shapes.get(name, "")
-        total[kind] += ms
-        count[kind] += 1
-    return [
-        {"kind": kind, "result": shape, "count": count[kind, shape], "ms": ms}
-        for (kind, shape), ms in total.most_common()
-    ]
+        together[re.sub(r"\.\d+$", "", name), shapes.get(name, "")].append(ms)
+    longest = sorted(together.items(), key=lambda item: -sum(item[1]))
+    return [{"kind": kind, "result": shape, "count": len(ms), "ms": sum(ms)} for (kind, shape), ms in longest]
 
 
 def main() -> None:
