@@ -1,6 +1,8 @@
 """What a run cost and what the dense model would have cost: FLOPs, bytes of weights read, cache slots written.
 
-Work is counted as executed, padding and empty slots of a bucket included, since that is what the machine pays for.
+Work is counted as executed, padding and empty slots of a bucket included, since that is what the machine pays for; what
+the CPU saves inside attention, where it leaves out blocks of slots that no query of a prompt may see, is counted on
+both sides as if it were not saved.
 One multiply-add is two FLOPs; norms, activations and softmax are left out (under 2 % on real shapes; a test holds
 the count against XLA's own cost analysis). What the controller does besides (probes, drifts, entropies, similarities)
 is counted in full, in `flops` and apart in `probe_flops`.

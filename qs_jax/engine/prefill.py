@@ -25,8 +25,9 @@ PIECE = 1024
 FIRST_CAPACITY = 256
 """Slots a cache starts with if the request could need more; it doubles as the text grows."""
 
-SMALLEST_PIECE = 16
+_SMALLEST_PIECE = 16
 _SIZES_PER_OCTAVE = 4
+_WIDTHS_PER_OCTAVE = 2
 
 grow_jit = jax.jit(grow, static_argnames="capacities")
 
@@ -57,6 +58,12 @@ class Prefilled:
 def first_capacity(filled: int, new_tokens: int, chunk: int, limit: int) -> int:
     """Slots for `filled` tokens and the first chunk to come; no more than the whole request could need."""
     return bucket(min(filled + new_tokens, max(FIRST_CAPACITY, filled + chunk)), limit)
+
+
+def piece_width(tokens: int, limit: int) -> int:
+    """Places for the next piece of a prompt that has `tokens` left; `limit` is the model's."""
+    most = min(PIECE, limit)
+    return bucket(min(tokens, most), most, smallest=_SMALLEST_PIECE, per_octave=_WIDTHS_PER_OCTAVE)
 
 
 def prefill(
@@ -98,8 +105,7 @@ class _Prefill:
     def run(self) -> Prefilled:
         longest = int(self.lengths.max())
         for start in range(0, longest, PIECE):
-            limit = min(PIECE, bucket(longest, self.model.config.max_position_embeddings, smallest=SMALLEST_PIECE))
-            self._piece(start, bucket(min(longest - start, PIECE), limit, smallest=SMALLEST_PIECE))
+            self._piece(start, piece_width(longest - start, self.model.config.max_position_embeddings))
         self.result.cache = tuple(layer for layer in self.cache if layer is not None)
         return self.result
 
@@ -177,8 +183,8 @@ class _Prefill:
             return active, resting, going, rested
         if self.bound.structure.kv_rule != "drop":
             rested = rested + halted.sum(axis=1, dtype=np.int32)
-        width = bucket(int(going.max()), valid.shape[1], smallest=SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
-        rest_width = bucket(int(rested.max()), PIECE, smallest=SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
+        width = bucket(int(going.max()), valid.shape[1], smallest=_SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
+        rest_width = bucket(int(rested.max()), PIECE, smallest=_SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
         active, resting = regroup(active, resting, verdict, width=width, rest_width=rest_width if rested.any() else 0)
         return active, resting, going, rested
 

@@ -14,7 +14,7 @@ from qs_jax.adaptive.ledger import Costs, Ledger
 from qs_jax.cache import bucket
 from qs_jax.engine.compilation import METER
 from qs_jax.engine.decode import Chosen, Chunk, Controls, DecodeState, Program, begin, decode_chunk
-from qs_jax.engine.prefill import PIECE, SMALLEST_PIECE, Prefilled, first_capacity, grow_jit, prefill
+from qs_jax.engine.prefill import PIECE, Prefilled, first_capacity, grow_jit, piece_width, prefill
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
 from qs_jax.engine.stopping import eos_array
 from qs_jax.models.base import CausalLM
@@ -147,7 +147,7 @@ class Session:
         self._twin_capacity = first_capacity(request.longest, request.max_new_tokens, request.chunk_size, limit)
         twin = []
         for start in range(0, request.longest, PIECE):
-            width = bucket(min(request.longest - start, PIECE), min(PIECE, limit), smallest=SMALLEST_PIECE)
+            width = piece_width(request.longest - start, limit)
             twin.append((width, self._twin_capacity if start else 0))
         self.ledger.add_prefill(prefilled.passes, twin, len(request.prompts))
         layers = sum(int(row.sum()) for row in prefilled.trace.layers_run)

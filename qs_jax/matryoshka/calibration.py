@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qs_jax.models.base import Block, Hidden
@@ -22,9 +23,11 @@ class _Recorder(nnx.Module):
         self.linear = linear
         self.tell = tell
 
-    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+    def __call__(
+        self, x: Float[Array, "*rows inputs"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "*rows outputs"]:
         self.tell(x)
-        return self.linear(x)
+        return self.linear(x, dtype)
 
 
 def kernels_of(block: Block) -> dict[str, Any]:

@@ -91,7 +91,15 @@ class NestedKernel:
 
     def dequantise(self, bits: int) -> Float[Array, "outputs inputs"]:
         """The weights at `bits`, in `dtype`: the plain reference for every faster product."""
-        return self._values(self.planes, self.scales, self.offsets, bits).T[:, : self.shape[1]]
+        return self.by_input(bits).T[:, : self.shape[1]]
+
+    def by_input(self, bits: int) -> Float[Array, "padded_inputs outputs"]:
+        """The weights at `bits` as their codes lie, padding included."""
+        return self._values(self.planes, self.scales, self.offsets, bits)
+
+    def padded(self, x: Float[Array, "rows inputs"]) -> Float[Array, "rows padded_inputs"]:
+        """Rows with zeros for the padding."""
+        return jnp.pad(x, ((0, 0), (0, self.groups * self.group_size - self.shape[1])))
 
     def rows(self, outputs: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
         """Rows of the weights at `bits`, as an embedding looks them up."""
@@ -99,7 +107,9 @@ class NestedKernel:
         values = self._values(Planes(*map(take, self.planes)), take(self.scales), take(self.offsets), self.bits)
         return values.T[:, : self.shape[1]].reshape(*outputs.shape, -1)
 
-    def _values(self, planes: Planes, scales: Array, offsets: Array, bits: int) -> Float[Array, "inputs outputs"]:
+    def _values(
+        self, planes: Planes, scales: Array, offsets: Array, bits: int
+    ) -> Float[Array, "padded_inputs outputs"]:
         slice_ = BITS.index(bits)
         level = levels(unpack(planes, bits), bits, self.bend[slice_])
         values = dequantised(level, scales[slice_], offset_in_steps(offsets[slice_], bits))

@@ -84,5 +84,5 @@ def _product(x: Rows, kernel: NestedKernel, bits: int) -> Result:
 
 
 def _multiply(x: Rows, kernel: NestedKernel, bits: int) -> Result:
-    weights = kernel.dequantise(bits).astype(x.dtype)
-    return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    weights = kernel.by_input(bits).astype(x.dtype)
+    return jax.lax.dot_general(kernel.padded(x), weights, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -56,7 +56,7 @@ def multiply_streams(x: Rows, kernel: NestedKernel, bits: int) -> Result:
     spans = kernel.group_size // span
     cut = Planes(*(plane.reshape(groups * spans, -1, outputs) for plane in kernel.planes))
     results = []
-    for row in _padded(x, kernel).reshape(x.shape[0], groups * spans, span):
+    for row in kernel.padded(x).reshape(x.shape[0], groups * spans, span):
         products = _span_products(row, cut, bits, bend).reshape(groups, spans, outputs)
         total = _sum(row, (1,)).reshape(groups, spans, 1)
         of_groups = ((products + offset * total) * scale).reshape(groups * spans, outputs)
@@ -97,7 +97,7 @@ def multiply_groups(x: Rows, kernel: NestedKernel, bits: int) -> Result:
     slice_ = BITS.index(bits)
     together = math.gcd(kernel.groups, max(1, _PART // kernel.group_size))
     parts = kernel.groups // together
-    rows = _padded(x.astype(jnp.float32), kernel).reshape(x.shape[0], parts, -1).swapaxes(0, 1)
+    rows = kernel.padded(x.astype(jnp.float32)).reshape(x.shape[0], parts, -1).swapaxes(0, 1)
 
     def add(y: Result, part: tuple[Rows, Planes, Array, Array]) -> tuple[Result, None]:
         rows, planes, scale, offset = part
@@ -109,10 +109,6 @@ def multiply_groups(x: Rows, kernel: NestedKernel, bits: int) -> Result:
     in_parts = (kernel.planes, kernel.scales[slice_], kernel.offsets[slice_])
     cut = jax.tree.map(lambda leaf: leaf.reshape(parts, together, *leaf.shape[1:]), in_parts)
     return jax.lax.scan(add, zeros, (rows, *cut))[0]
-
-
-def _padded(x: Rows, kernel: NestedKernel) -> Float[Array, "rows padded"]:
-    return jnp.pad(x, ((0, 0), (0, kernel.groups * kernel.group_size - kernel.shape[1])))
 
 
 def _sum(terms: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Segment(NamedTuple):
@@ -26,11 +26,19 @@ View = tuple[Segment, ...]
 _FEW_ROWS = 4
 """Rows of a float32 product that on the CPU go one by one: it packs what several rows share before it multiplies."""
 
-_QUERIES = 256
-"""Queries of a row that at most attend at once on the CPU."""
+_QUERIES, _SLOTS = 512, 256
+"""Queries of a row that at most attend at once on the CPU, and slots that they attend to at once."""
 
-_FEWEST_QUERIES = 64
+_FEWEST = 64
 """Blocks of fewer are not worth their loop."""
+
+_NOTHING = float(jnp.finfo(jnp.float32).min)
+"""Below every score, yet finite: differences from it are numbers."""
+
+Grouped = Float[Array, "batch kv_heads group queries head_dim"]
+Weights = Float[Array, "batch kv_heads group queries slots"]
+Totals = tuple[Float[Array, "batch kv_heads group queries"], Float[Array, "batch kv_heads group queries"], Grouped]
+"""The largest score so far, and relative to it the sum of weights and that of weighted values."""
 
 
 def new_segment(
@@ -53,19 +61,36 @@ def attention(
     The segments' scores are joined, never their keys and values: the cache is read where it lies.
     Every query must see at least one slot.
     """
-    queries = q.shape[1]
-    block = next(n for n in range(min(queries, _QUERIES), 0, -1) if queries % n == 0)
-    if block == queries or block < _FEWEST_QUERIES:
+    block = _block(q.shape[1], max(_SLOTS, min(_QUERIES, q.shape[1] // 2)))
+    if block == q.shape[1]:
         return _attend(q, view, scale)
     return jax.lax.platform_dependent(
         q, view, cpu=partial(_in_blocks, scale=scale, block=block), default=partial(_attend, scale=scale)
     )
 
 
+def _attend(
+    q: Float[Array, "batch queries heads head_dim"], view: View, scale: float
+) -> Float[Array, "batch queries features"]:
+    grouped = _by_head(q, view[0].keys.shape[1])
+    scores = jnp.concatenate([_scores(grouped, segment, scale) for segment in view], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    mixed, start = jnp.zeros(grouped.shape, jnp.float32), 0
+    for segment in view:
+        stop = start + segment.keys.shape[2]
+        mixed += _mixture(weights[..., start:stop], segment)
+        start = stop
+    return _by_query(mixed).astype(q.dtype)
+
+
 def _in_blocks(
     q: Float[Array, "batch queries heads head_dim"], view: View, scale: float, block: int
 ) -> Float[Array, "batch queries features"]:
-    """Some queries at a time, so that fewer scores are written out between the product and the softmax."""
+    """Some queries at a time over some slots at a time, without those that none of the queries may see.
+
+    A softmax is a weighted mean, which is summed slots by slots against the largest score so far (arXiv 2205.14135):
+    scores stay in cache, and a prompt takes half the products, as queries see nothing after themselves.
+    """
 
     def cut(x: Array) -> Array:
         return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
@@ -74,37 +99,72 @@ def _in_blocks(
     masks = [jnp.broadcast_to(mask, (mask.shape[0], q.shape[1], mask.shape[2])) for mask in masks]
 
     def attend(part: tuple[Array, list[Array]]) -> Float[Array, "batch block features"]:
-        seen = zip(view, part[1], strict=True)
-        return _attend(part[0], tuple(segment._replace(visible=mask) for segment, mask in seen), scale)
+        grouped = _by_head(part[0], view[0].keys.shape[1])
+        totals = jnp.full(grouped.shape[:-1], _NOTHING), jnp.zeros(grouped.shape[:-1]), jnp.zeros(grouped.shape)
+        for segment, mask in zip(view, part[1], strict=True):
+            totals = _add_segment(totals, grouped, segment._replace(visible=mask), scale)
+        _, total, mixed = totals
+        return _by_query(mixed / total[..., None]).astype(q.dtype)
 
     mixed = jax.lax.map(attend, (cut(q), [cut(mask) for mask in masks]))
     return mixed.swapaxes(0, 1).reshape(*q.shape[:2], -1)
 
 
-def _attend(
-    q: Float[Array, "batch queries heads head_dim"], view: View, scale: float
-) -> Float[Array, "batch queries features"]:
+def _add_segment(totals: Totals, grouped: Grouped, segment: Segment, scale: float) -> Totals:
+    """Add a segment block by block, from the first slot that a query sees to the last."""
+    slots = segment.keys.shape[2]
+    size = _block(slots, _SLOTS)
+    seen = segment.visible.any(axis=(0, 1)).reshape(-1, size).any(axis=1)
+    first, stop = jnp.argmax(seen), seen.shape[0] - jnp.argmax(seen[::-1])
+
+    def add(i: Int[Array, ""], totals: Totals) -> Totals:
+        def part(x: Array, axis: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+        bias = None if segment.bias is None else part(segment.bias, 1)
+        block = Segment(part(segment.keys, 2), part(segment.values, 2), part(segment.visible, 2), bias)
+        largest, total, mixed = totals
+        scores = _scores(grouped, block, scale)
+        larger = jnp.maximum(largest, scores.max(axis=-1))
+        weights = jnp.exp(scores - larger[..., None]).astype(grouped.dtype)
+        shrink = jnp.exp(largest - larger)
+        total = total * shrink + weights.sum(axis=-1, dtype=jnp.float32)
+        return larger, total, mixed * shrink[..., None] + _mixture(weights, block)
+
+    return jax.lax.fori_loop(jnp.where(seen.any(), first, stop), stop, add, totals)
+
+
+def _block(count: int, most: int) -> int:
+    """The most of `count` queries or slots, up to `most`, that divide it evenly; all of them if those are too few."""
+    block = next(n for n in range(min(count, most), 0, -1) if count % n == 0)
+    return count if block < _FEWEST else block
+
+
+def _by_head(q: Float[Array, "batch queries heads head_dim"], kv_heads: int) -> Grouped:
     batch, queries, heads, head_dim = q.shape
-    kv_heads = view[0].keys.shape[1]
-    group = heads // kv_heads
-    grouped = q.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch, kv_heads, group * queries, head_dim)
-    scores = []
-    for segment in view:
-        score = _product("bkri,bkci->bkrc", grouped, segment.keys)
-        score = score.reshape(batch, kv_heads, group, queries, -1) * scale
-        if segment.bias is not None:
-            score += segment.bias[:, None, None, None]
-        scores.append(jnp.where(segment.visible[:, None, None], score, -jnp.inf))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    weights = weights.reshape(batch, kv_heads, group * queries, -1)
-    mixed, start = jnp.zeros(grouped.shape, jnp.float32), 0
-    for segment in view:
-        stop = start + segment.keys.shape[2]
-        mixed += _product("bkri,bkic->bkrc", weights[..., start:stop], segment.values)
-        start = stop
-    mixed = mixed.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, queries, heads * head_dim).astype(q.dtype)
+    return q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+
+
+def _by_query(mixed: Grouped) -> Float[Array, "batch queries features"]:
+    batch, _, _, queries, _ = mixed.shape
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, -1)
+
+
+def _scores(grouped: Grouped, segment: Segment, scale: float) -> Weights:
+    """Of every query for every slot of the segment; -inf where it may not look."""
+    batch, kv_heads, group, queries, head_dim = grouped.shape
+    rows = grouped.reshape(batch, kv_heads, group * queries, head_dim)
+    scores = _product("bkri,bkci->bkrc", rows, segment.keys).reshape(*grouped.shape[:-1], -1) * scale
+    if segment.bias is not None:
+        scores += segment.bias[:, None, None, None]
+    return jnp.where(segment.visible[:, None, None], scores, -jnp.inf)
+
+
+def _mixture(weights: Weights, segment: Segment) -> Grouped:
+    """Of the segment's values, in float32."""
+    batch, kv_heads, group, queries, slots = weights.shape
+    rows = weights.reshape(batch, kv_heads, group * queries, slots)
+    return _product("bkri,bkic->bkrc", rows, segment.values).reshape(*weights.shape[:-1], -1)
 
 
 def _product(

@@ -67,7 +67,8 @@ class GPT2Block(Block):
         return heads
 
     def mlp(self, hidden_states: Hidden) -> Hidden:
-        return self.down(ACTIVATIONS[self.config.activation](self.up(self.mlp_norm(hidden_states))))
+        x = self.mlp_norm(hidden_states)
+        return self.down(ACTIVATIONS[self.config.activation](self.up(x, jnp.float32)).astype(x.dtype))
 
 
 class GPT2(CausalLM):

@@ -80,9 +80,14 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(_normal(rngs, (outputs, inputs), std, dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        y = project(x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(
+        self, x: Float[Array, "*rows inputs"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "*rows outputs"]:
+        """Of `dtype`, that of `x` unless given."""
+        y = project(x, self.kernel.get_value(), jnp.float32)
+        if self.bias is not None:
+            y += self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype if dtype is None else dtype)
 
 
 class Shortcut(nnx.Module):

@@ -104,7 +104,8 @@ class LlamaBlock(Block):
 
     def mlp(self, hidden_states: Hidden) -> Hidden:
         x = self.mlp_norm(hidden_states)
-        return self.down(ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x))
+        gated = ACTIVATIONS[self.config.activation](self.gate(x, jnp.float32)) * self.up(x, jnp.float32)
+        return self.down(gated.astype(x.dtype))
 
 
 class Llama(CausalLM):

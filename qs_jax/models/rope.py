@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -34,7 +35,19 @@ def rotate(
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Rotate each channel pair (i, i + head_dim/2) by position · frequency; angles in float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    cosine, sine = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cosine, sine = (_kept(turn)[:, :, None] for turn in (jnp.cos(angles), jnp.sin(angles)))
     first, second = jnp.split(vectors.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(vectors.dtype)
+
+
+def _kept(table: Float[Array, "*shape half"]) -> Float[Array, "*shape half"]:
+    """The same numbers, which the CPU backend computes once: else it would for every head of every layer.
+
+    It fuses them into whatever needs them. A product reads its operands from memory, and one with 1 and 0 is exact.
+    """
+
+    def multiplied(table: Array) -> Array:
+        return jnp.matmul(table, np.eye(table.shape[-1], dtype=np.float32), precision="highest")
+
+    return jax.lax.platform_dependent(table, cpu=multiplied, default=lambda table: table)

@@ -61,7 +61,7 @@ def test_one_prefill(model: Model, batch: int, length: int, monkeypatch: pytest.
 
     XLA counts a loop's body once: queries attend all at once here.
     """
-    monkeypatch.setattr("qs_jax.models.attention._QUERIES", 2048)
+    monkeypatch.setattr("qs_jax.models.attention._SLOTS", 2048)
     ledger, calls = run(model, batch, length, new_tokens=1)
     expected = sum(counted(call.lower()) for call in calls if call.name in PREFILL)
     assert ledger == pytest.approx(expected, rel=TOLERANCE)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qs_jax
+from qs_jax.engine.prefill import piece_width
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.loading import Model
 from tests.tiny import PROMPTS, reference_logits, tiny_model
@@ -133,3 +134,19 @@ def test_text_without_a_tokenizer_is_refused() -> None:
 def test_a_prompt_that_is_empty_after_stripping_is_refused(prompts: str | list[str]) -> None:
     with pytest.raises(GenerationError, match="empty"):
         qs_jax.generate(tiny_model("gpt2", tokenizer=True), prompts)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "width"),
+    [
+        (1, 1024, 16),
+        (17, 1024, 24),
+        (25, 1024, 32),
+        (700, 1024, 768),
+        (769, 1024, 1024),
+        (1500, 2048, 1024),
+        (90, 95, 95),
+    ],
+)
+def test_prompts_are_padded_to_two_widths_per_octave(tokens: int, limit: int, width: int) -> None:
+    assert piece_width(tokens, limit) == width
