@@ -12,7 +12,7 @@ from benchmarks.host_overhead import host_seconds_per_chunk
 from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
-from benchmarks.speed_report import by_machine, decode_panel, page
+from benchmarks.speed_report import by_machine, decode_panel, headline, page, with_headline
 from benchmarks.step_profile import by_kind
 from qs_jax.matryoshka.kernel import NestedKernel
 from tests.tiny import tiny_model
@@ -71,6 +71,16 @@ def test_the_page_says_what_was_not_measured() -> None:
     assert "On d the host costs 0.25 ms per chunk" in text
     assert decode_panel(result).lines["once"] == ([8], [300.0])
     assert table(result["decode"][:1], "batch").startswith(f"| batch | {OURS}, ms | peer, ms |")
+
+
+def test_the_headline_shows_the_fastest_and_replaces_the_old_one() -> None:
+    sides = compared({OURS: [0.02], "qs_jax 8-bit": [0.01], "transformers float32": [0.03], "other": [0.04]})
+    text = headline([{"environment": {"cpu": "Intel(R) Xeon(R) Processor"}, "decode": [{"batch": 2, "sides": sides}]}])
+    assert text.splitlines()[-1] == "| Xeon, 2 | 20.0 | – | **10.0** | – | 30.0 (1.50 ×) | 40.0 |"
+    readme = "a\n<!-- python -m benchmarks.speed_report -->\nold\n<!-- end -->\nb\n"
+    assert with_headline(readme, text) == readme.replace("old", text)
+    with pytest.raises(ValueError):
+        with_headline("a\nb\n", text)
 
 
 def test_an_axis_varies_one_setting() -> None:
