@@ -195,18 +195,22 @@ Before and after are the same command on the commits before and after, minutes a
   as the loops themselves cost; 512 queries at a time by 256 slots a further 43 ms in float32, nothing in bfloat16.
 * **bfloat16 prompts** took 450 ms at 1,023 tokens, products alone about 140. A profile showed activations rounded to
   bfloat16 after each of their operations (54 ms in all), keys and values turned into float32 and back by a scatter (65)
-  and weights of attention written in float32 before they are rounded (20). Expected without these: 100 ms less. Outcome:
-  428 to 366. Activations are taken of float32, narrow floats are scattered by their bits. Steps at batch 1 gain as well
+  and weights of attention written in float32 before they are rounded (20). Expected without these: 100 ms less.
+  Outcome: 428 to 366. Activations are taken of float32, narrow floats are scattered by their bits. Steps at batch 1 gain as well
   (15.4 ms against 16.7), at 8 not.
 * **Rotary angles** are computed anew for every head of every layer, as XLA fuses a cosine into whatever needs it, and
   a barrier is dropped before. A product with ones and zeros keeps them: expected 60 ms of 1,018 for 512 tokens of the
   1.1 B shape in bfloat16, outcome 51; nothing in decoding.
 * **Widths of prompts.** 700 tokens took as long as 1,024, to which they were padded. With two widths per octave they
   are padded to 768: 646 ms against 872, for one more program to compile per octave.
-* **Prompts through codes.** Weights were written out turned over. As they lie: 128 tokens at 8 bits in bfloat16 128 ms
-  against 224, in float32 202 against 215. Blocks of outputs, so that their weights stay in cache, are slower or level
-  everywhere from 8 to 512 rows (2048 x 5632, 8 rows: 4.5 to 8.0 ms against 4.6), and so are groups from 128 rows on for
-  the GPT-2 shape.
+* **Prompts through codes** took twice the time of float32 at 128 tokens of the GPT-2 shape, and 1.8 times at 512 of the
+  1.1 B one, far more than the same products alone. The program's memory told why: weights depend on codes only, so that
+  the compiler wrote out those of all layers at once (340 MB of 436; of the 1.1 B shape 4 GB), and drops a barrier meant
+  to prevent it. Scales that wait for the rows, by a condition on one of them, do: 124 MB, at 8 bits 203 to 145 ms for
+  128 tokens in float32, 132 to 88 in bfloat16; 552 to 476 and 257 to 225 for 512. Before that they were turned over as
+  well: 224 ms in bfloat16 for 128. Loops over parts of inputs or blocks of outputs bound the memory too, but no longer
+  run queries, keys and values side by side: 166 and 176 ms for 128 tokens, 543 and 545 for 512. Steps of more than 4
+  rows in bfloat16 now write weights out as well: 57 ms against 65 at batch 8, 74 against 119 at 32.
 * **85 % of the bandwidth at batch 1** is not reached by this shape; the 1.1 B one, whose kernels are larger, does. Its
   products alone, in a chain, reach 91 %, and attention and all that is small take the rest. Tried: 4, 8 or 16 blocks of
   outputs in place of one per core, 26.7, 27.1 and 26.6 GB/s against 27.1; queries, keys and values as one product, 14.6

@@ -1,5 +1,6 @@
 """Products with nested kernels, and the precision at which a whole module reads them."""
 
+from dataclasses import replace
 from functools import partial
 from typing import TypeGuard, TypeVar
 
@@ -76,13 +77,23 @@ def nested_product(x: Float[Array, "*rows inputs"], kernel: NestedKernel) -> Flo
 
 
 def _product(x: Rows, kernel: NestedKernel, bits: int) -> Result:
-    """One precision for all rows. Small kernels lie in cache anyway; streaming them would only take long to compile."""
-    if kernel.size < _LARGE or x.shape[0] > SOME_ROWS:
+    """One precision for all rows. Small kernels lie in cache anyway; streaming them would only take long to compile.
+
+    Written out in a narrower type than float32, weights cost half, and the CPU multiplies them faster.
+    """
+    streamed = SOME_ROWS if x.dtype == jnp.float32 else FEW_ROWS
+    if kernel.size < _LARGE or x.shape[0] > streamed:
         return _multiply(x, kernel, bits)
     stream = multiply_streams if x.shape[0] <= FEW_ROWS else multiply_groups
     return jax.lax.platform_dependent(x, kernel, cpu=partial(stream, bits=bits), default=partial(_multiply, bits=bits))
 
 
 def _multiply(x: Rows, kernel: NestedKernel, bits: int) -> Result:
+    """Weights are written out first, but not before the rows are there.
+
+    What depends on codes alone the compiler may do at any time: it would write out the weights of all layers at once.
+    So scales wait for the rows; NaN in the rows makes the result NaN in any case. XLA's CPU backend drops a barrier.
+    """
+    kernel = replace(kernel, scales=jnp.where(jnp.isnan(x[0, 0]), jnp.nan, kernel.scales))
     weights = kernel.by_input(bits).astype(x.dtype)
     return jax.lax.dot_general(kernel.padded(x), weights, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

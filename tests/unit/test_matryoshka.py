@@ -110,6 +110,20 @@ def test_products_are_those_of_the_weights(rows: tuple[int, ...], bits: int, inp
     np.testing.assert_allclose(nested_product(x, kernel.at(bits)), expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+def test_weights_are_not_written_out_before_they_are_needed() -> None:
+    """Else a prompt through a large model would need all of it as floats beside its codes."""
+    kernel = random_kernel(512, 512)
+    kernels, x = [kernel] * 12, random_rows(70, 512)
+
+    def chain(kernels: list[NestedKernel], x: jax.Array) -> jax.Array:
+        for kernel in kernels:
+            x = jnp.tanh(nested_product(x, kernel))
+        return x
+
+    memory = jax.jit(chain).lower(kernels, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * 4 * kernel.size
+
+
 def test_rows_of_mixed_precision_equal_each_row_alone() -> None:
     kernel, x, bits = random_kernel(), random_rows(5, 3, 100), [8, 2, 4, 2, 8]
     mixed = jax.jit(lambda kernel, x, bits: nested_product(x, kernel.at(bits)))(kernel, x, jnp.asarray(bits))

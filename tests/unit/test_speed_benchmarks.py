@@ -79,7 +79,7 @@ def test_the_headline_shows_the_fastest_and_replaces_the_old_one() -> None:
     assert text.splitlines()[-1] == "| Xeon, 2 | 20.0 | – | **10.0** | – | 30.0 (1.50 ×) | 40.0 |"
     readme = "a\n<!-- python -m benchmarks.speed_report -->\nold\n<!-- end -->\nb\n"
     assert with_headline(readme, text) == readme.replace("old", text)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not enough values"):
         with_headline("a\nb\n", text)
 
 
