@@ -121,6 +121,7 @@ def test_weights_are_not_written_out_before_they_are_needed() -> None:
         return x
 
     memory = jax.jit(chain).lower(kernels, x).compile().memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes < 3 * 4 * kernel.size
 
 
