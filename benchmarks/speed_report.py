@@ -26,6 +26,12 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
+def measured() -> list[dict[str, Any]]:
+    """Every model's results on every machine."""
+    files = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
+    return [part for file in files for part in by_machine(file)]
+
+
 def by_machine(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One result for each machine that rows come from, a row's own or the file's."""
     machine, studies = result["environment"], [study for study in _TITLES if study in result]
@@ -162,7 +168,9 @@ latter by XLA's library YNNPACK; `f32[2,384,32]` is a product for 32 rows with o
 
 _TRIED = """## What was tried
 
-Before and after are the same command on the commits before and after, minutes apart on a machine that drifts.
+Before and after are the same command on the commits before and after, minutes apart on a machine that drifts. Figures
+of prompts, from "Slots that no query may see" to "Prompts through codes", and memory are of scratch scripts that time
+the request of `prefill`.
 
 * **Codes of 768 inputs.** At 8 bits a step of the GPT-2 124M shape took 4.5 times its float32, though a 4096-wide model
   was near it. The sum over 32 spans or fewer had swallowed the loop over the codes, which was then not vectorised. A
@@ -244,15 +252,21 @@ Before and after are the same command on the commits before and after, minutes a
 """
 
 
+def documents() -> dict[Path, str]:
+    """docs/speed.md and README as the result files have them."""
+    results, readme = measured(), ROOT / "README.md"
+    table = headline([result for result in results if result["model"] == "gpt2-124m"])
+    return {
+        DOCS / "speed.md": page(results, *map(read, ("host_overhead", "scaling", "step_profile"))),
+        readme: with_headline(readme.read_text("utf-8"), table),
+    }
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    files = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
-    results = [part for file in files for part in by_machine(file)]
-    draw([decode_panel(result) for result in results if len(result.get("decode", [])) > 1], DOCS / "speed.png")
-    (DOCS / "speed.md").write_text(page(results, *map(read, ("host_overhead", "scaling", "step_profile"))), "utf-8")
-    readme = ROOT / "README.md"
-    table = headline([result for result in results if result["model"] == "gpt2-124m"])
-    readme.write_text(with_headline(readme.read_text("utf-8"), table), "utf-8")
+    draw([decode_panel(result) for result in measured() if len(result.get("decode", [])) > 1], DOCS / "speed.png")
+    for path, text in documents().items():
+        path.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def _multiply(x: Rows, kernel: NestedKernel, bits: int) -> Result:
     """Weights are written out first, but not before the rows are there.
 
     What depends on codes alone the compiler may do at any time: it would write out the weights of all layers at once.
-    So scales wait for the rows; NaN in the rows makes the result NaN in any case. XLA's CPU backend drops a barrier.
+    So scales wait for the rows, by a condition that never holds. XLA's CPU backend drops a barrier.
     """
-    kernel = replace(kernel, scales=jnp.where(jnp.isnan(x[0, 0]), jnp.nan, kernel.scales))
+    kernel = replace(kernel, scales=jnp.where(x[0, 0] > jnp.inf, jnp.nan, kernel.scales))
     weights = kernel.by_input(bits).astype(x.dtype)
     return jax.lax.dot_general(kernel.padded(x), weights, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

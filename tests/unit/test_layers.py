@@ -60,7 +60,7 @@ def test_attention_over_two_segments_is_that_over_all_slots(dtype: DTypeLike, qu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "window"), [(384, 384), (384, 50), (269, 269)])
 def test_many_queries_attend_as_each_does_alone(dtype: DTypeLike, queries: int, window: int) -> None:
-    """384 go in blocks, and with a window some see nothing in the first slots; 269 is prime."""
+    """384 go in blocks, and with a window some see nothing in the first slots; 269 is prime, 5 slots are one block."""
 
     def run(slots: int, visible: jax.Array, *bias: jax.Array) -> Segment:
         return Segment(normal(2, 2, slots, 8, dtype=dtype), normal(2, 2, slots, 8, dtype=dtype), visible, *bias)
@@ -68,11 +68,12 @@ def test_many_queries_attend_as_each_does_alone(dtype: DTypeLike, queries: int, 
     q, own = normal(2, queries, 2, 8, dtype=dtype), jnp.tril(jnp.ones((1, queries, queries), bool))
     empty = run(512, jnp.zeros((1, 1, 512), bool))
     past = run(512, jnp.arange(512)[None, None] < jnp.asarray([300, 3])[:, None, None], normal(2, 512))
-    view = empty, past, run(queries, own & ~jnp.tril(own, -window))
+    few = run(5, jnp.ones((1, 1, 5), bool), normal(2, 5))
+    view = empty, past, few, run(queries, own & ~jnp.tril(own, -window))
     together = jax.jit(attention, static_argnums=2)(q, view, 0.3)
     assert together.dtype == dtype
     for query in (0, 191, 192, queries - 1):
-        seen = *view[:2], view[2]._replace(visible=view[2].visible[:, query : query + 1])
+        seen = *view[:3], view[3]._replace(visible=view[3].visible[:, query : query + 1])
         alone = attention(q[:, query : query + 1], seen, 0.3)
         atol = 4 * float(jnp.finfo(dtype).eps) if dtype != jnp.float32 else 1e-5
         np.testing.assert_allclose(exact(together[:, query : query + 1]), exact(alone), atol=atol)

@@ -132,6 +132,12 @@ def test_rows_of_mixed_precision_equal_each_row_alone() -> None:
         np.testing.assert_allclose(mixed[row], nested_product(x[row : row + 1], kernel.at(own))[0], atol=1e-5)
 
 
+def test_a_row_of_nan_leaves_the_others_alone() -> None:
+    kernel, x = random_kernel(), random_rows(3, 100)
+    product = jax.jit(nested_product)
+    np.testing.assert_array_equal(product(x.at[0].set(jnp.nan), kernel)[1:], product(x, kernel)[1:])
+
+
 def test_a_pinned_kernel_is_always_read_at_eight_bits() -> None:
     kernel, x = replace(random_kernel(), least=8), random_rows(2, 100)
     for bits in (2, jnp.asarray([2, 4])):

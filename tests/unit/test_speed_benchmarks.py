@@ -12,7 +12,7 @@ from benchmarks.host_overhead import host_seconds_per_chunk
 from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
-from benchmarks.speed_report import by_machine, decode_panel, headline, page, with_headline
+from benchmarks.speed_report import by_machine, decode_panel, documents, headline, page, with_headline
 from benchmarks.step_profile import by_kind
 from qs_jax.matryoshka.kernel import NestedKernel
 from tests.tiny import tiny_model
@@ -81,6 +81,12 @@ def test_the_headline_shows_the_fastest_and_replaces_the_old_one() -> None:
     assert with_headline(readme, text) == readme.replace("old", text)
     with pytest.raises(ValueError, match="not enough values"):
         with_headline("a\nb\n", text)
+
+
+def test_documents_say_what_the_result_files_say() -> None:
+    """`python -m benchmarks.speed_report` writes them."""
+    for path, text in documents().items():
+        assert path.read_text("utf-8") == text, path
 
 
 def test_an_axis_varies_one_setting() -> None:
