@@ -47,7 +47,8 @@ _PROBE, _PROBES = "bandwidth", 10
 
 def our_generate(model: Model, **settings: Any) -> Generate:
     """Our side of the comparison."""
-    return lambda prompts, new: generate(model, prompts, max_new_tokens=new, eos_token_id=[], **settings).tokens
+    settings = {"eos_token_id": [], "use_model_defaults": False, **settings}
+    return lambda prompts, new: generate(model, prompts, max_new_tokens=new, **settings).tokens
 
 
 def our_sides(model: Model, dtypes: Sequence[str], bits: Sequence[int], policies: Sequence[str]) -> dict[str, Generate]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qs_jax.console import print_json, progress, reporting_errors
+from qs_jax.console import aside, print_json, progress, reporting_errors
 from qs_jax.errors import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -29,7 +29,9 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16 for the stored weights; by default float32.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits on a 500-token prompt.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare logits on 500 tokens; refuse if they differ.")
+    ] = False,
     golden: Annotated[
         Path | None, typer.Option(help="With --verify: safetensors with tokens, positions, logits.")
     ] = None,
@@ -105,7 +107,7 @@ def convert(
             def check(work: Path) -> dict:
                 from convert.verify import verify as compare
 
-                return compare(work, folder, golden, stored)
+                return compare(work, folder, golden, stored, quantised=quantizer is not None, name=str(dst))
 
             with progress("converting", total=len(parts.names)) as advance:
                 report = run(
@@ -127,6 +129,8 @@ def convert(
         print(f"{done} {report.parameters:,} parameters ({report.bytes_in / 1e6:.1f} MB) in {report.seconds:.1f} s")
         for name, value in report.verification.items():
             print(f"  {name}: {value}")
+        for note in report.notes:
+            aside(f"note: {note}")
 
 
 def main() -> None:

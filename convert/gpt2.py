@@ -26,4 +26,4 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
         yield Rule(f"{theirs}.bias", (f"{ours}.bias",))
 
 
-TABLE = Table("transformer.", _rules, ignored=(".attn.bias", ".attn.masked_bias"))
+TABLE = Table("transformer.", _rules, "wte.weight", ignored=(".attn.bias", ".attn.masked_bias"))

@@ -27,4 +27,4 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
     yield Rule("norm.weight", ("output_norm.scale",))
 
 
-TABLE = Table("model.", _rules, ignored=("rotary_emb.inv_freq",))
+TABLE = Table("model.", _rules, "embed_tokens.weight", ignored=("rotary_emb.inv_freq",))

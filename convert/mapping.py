@@ -14,6 +14,8 @@ from qs_jax.errors import CheckpointError, ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -49,12 +51,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """An architecture's rules. `prefix` may stand before every name but `unprefixed`; `ignored` names are buffers."""
+    """An architecture's rules. `prefix` may stand before every name but `unprefixed`; `ignored` names are buffers;
+    `embedding` is the table's name, which a tied head shares."""
 
     prefix: str
     rules: Callable[[ModelConfig], Iterable[Rule]]
-    unprefixed: tuple[str, ...] = ("lm_head.weight",)
+    embedding: str
+    unprefixed: tuple[str, ...] = (HEAD,)
     ignored: tuple[str, ...] = ()
+
+    def find(self, names: Iterable[str], bare: str) -> str | None:
+        """The tensor of that name, with or without the prefix."""
+        return next((name for name in names if _bare(self, name) == bare), None)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,8 @@ class Plan:
             if names
         ]
         if problems:
-            raise CheckpointError(f"{source}: tensors {'; '.join(problems)}; the weights do not fit config.json")
+            head = "; tie_word_embeddings false asks for a head, true takes the embedding" * (self.missing == [HEAD])
+            raise CheckpointError(f"{source}: tensors {'; '.join(problems)}; the weights do not fit config.json{head}")
 
 
 def expand(table: Table, config: ModelConfig) -> Iterator[Rule]:
@@ -91,7 +100,7 @@ def expand(table: Table, config: ModelConfig) -> Iterator[Rule]:
         layered = "{layer}" in rule.name
         yield from (rule.at(layer) for layer in range(config.num_hidden_layers)) if layered else (rule,)
     if not config.tie_word_embeddings:
-        yield Rule("lm_head.weight", ("lm_head.kernel",), padded=True)
+        yield Rule(HEAD, ("lm_head.kernel",), padded=True)
 
 
 def plan(table: Table, config: ModelConfig, names: Shapes, module: Shapes) -> Plan:
@@ -103,7 +112,11 @@ def plan(table: Table, config: ModelConfig, names: Shapes, module: Shapes) -> Pl
         names: name and shape of every tensor in the checkpoint.
         module: path and shape of every array of the module.
     """
-    remaining = {_bare(table, name): name for name in names}
+    remaining: dict[str, str] = {}
+    twice = [name for name in names if remaining.setdefault(_bare(table, name), name) != name]
+    if config.tie_word_embeddings and (head := remaining.pop(HEAD, None)):
+        # one of the two is enough, whichever the file keeps
+        remaining.setdefault(table.embedding, head)
     tensors, missing, mismatched = [], [], []
     for rule in expand(table, config):
         name = remaining.pop(rule.name, None)
@@ -114,9 +127,7 @@ def plan(table: Table, config: ModelConfig, names: Shapes, module: Shapes) -> Pl
         if tuple(names[name]) != wanted:
             mismatched.append(f"{name} {tuple(names[name])} for {wanted}")
         tensors.append((name, rule))
-    if config.tie_word_embeddings:
-        remaining.pop("lm_head.weight", None)
-    unexpected = [name for bare, name in remaining.items() if not bare.endswith(table.ignored)]
+    unexpected = [name for name in (*remaining.values(), *twice) if not name.endswith(table.ignored)]
     return Plan(tensors, missing, sorted(unexpected), mismatched)
 
 

@@ -1,14 +1,15 @@
 """A model's weights part by part, from a Hugging Face source: what conversion and direct loading share."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.mapping import Plan, Rule, plan, table_for
-from convert.source import Source, read_json
+from convert.mapping import HEAD, Plan, Rule, plan, table_for
+from convert.source import Source
 from qs_jax.checkpoint import part_of
 from qs_jax.config import ModelConfig, read_config_json
 from qs_jax.errors import CheckpointError
@@ -18,15 +19,34 @@ from qs_jax.models import abstract_arrays, parse_config
 class Parts:
     """Everything about a source but its values: configuration, and which tensor fills which path.
 
+    `notes` says, one line each, what was supplied, chosen or passed over. `corrections` are entries of `config.json`
+    that the weights prove wrong; a converted folder has them right.
+
     Raises:
         ConfigError: the configuration cannot be used.
+        CheckpointError: a weight file cannot be read.
     """
 
     def __init__(self, source: Source):
         self.source = source
-        self.config = hf_config(source.folder)
+        self.notes = source.notes
+        self.corrections: dict[str, Any] = {}
+        self.config = self._with_own_head(hf_config(source.folder, self.notes))
         self.shapes = {path: array.shape for path, array in abstract_arrays(self.config).items()}
         self.plan: Plan = plan(table_for(self.config.model_type), self.config, source.shapes, self.shapes)
+
+    def _with_own_head(self, config: ModelConfig) -> ModelConfig:
+        """The configuration, untied where the file holds a head that differs from the embedding, as in transformers."""
+        table = table_for(config.model_type)
+        head, embedding = (table.find(self.source.shapes, name) for name in (HEAD, table.embedding))
+        if not config.tie_word_embeddings or head is None or embedding is None or self.source.equal(head, embedding):
+            return config
+        self.corrections["tie_word_embeddings"] = False
+        self.notes.append(
+            f"{self.source.folder}: tie_word_embeddings is true, but {head} differs from {embedding}; both are used, "
+            "as in transformers"
+        )
+        return replace(config, tie_word_embeddings=False)
 
     @property
     def parameters(self) -> int:
@@ -77,11 +97,6 @@ def stored_as(array: np.ndarray, dtype: Any, path: str) -> np.ndarray:
     return stored
 
 
-def hf_config(folder: Path) -> ModelConfig:
-    """A folder's configuration; token ids of `generation_config.json` win over those of `config.json`, as in HF."""
-    overrides = {
-        name: value
-        for name, value in read_json(folder / "generation_config.json").items()
-        if name in ("eos_token_id", "bos_token_id", "pad_token_id") and value is not None
-    }
-    return parse_config({**read_config_json(folder), **overrides}, str(folder / "config.json"))
+def hf_config(folder: Path, notes: list[str] | None = None) -> ModelConfig:
+    """A folder's configuration; `notes` takes one line for each value that was supplied, chosen or passed over."""
+    return parse_config(read_config_json(folder), str(folder / "config.json"), notes)

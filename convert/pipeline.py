@@ -1,5 +1,6 @@
 """Conversion, part by part: a model larger than memory passes through."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from convert.parts import Parts, stored_as
 from convert.quantize import Quantizer
 from qs_jax.checkpoint import replacing, write_manifest, write_part
 from qs_jax.lens import LENS_FILE
-from qs_jax.tokenizer import TOKENIZER_FILES
+from qs_jax.tokenizer_files import TOKENIZER_FILES
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
-_COPIED = ("config.json", "generation_config.json", LENS_FILE, *TOKENIZER_FILES)
+_COPIED = ("generation_config.json", LENS_FILE, *TOKENIZER_FILES)
 _CALIBRATED = "policy.json"
 """Copied with the weights it was calibrated on, not with codes of them."""
 
@@ -27,7 +28,8 @@ Advance = Callable[..., None]
 
 @dataclass
 class Report:
-    """What a conversion did; the keys of `--json`. Sizes are bytes of weights, times seconds."""
+    """What a conversion did; the keys of `--json`. Sizes are bytes of weights, times seconds. `notes` says what was
+    supplied, chosen among contradictions, or passed over."""
 
     parameters: int
     bytes_in: int
@@ -36,6 +38,7 @@ class Report:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     verification: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def inspect(parts: Parts) -> Report:
         missing=plan.missing,
         unexpected=plan.unexpected,
         mismatched=plan.mismatched,
+        notes=parts.notes,
     )
 
 
@@ -93,11 +97,13 @@ def convert(
             report.bytes_out += sum(array.nbytes for array in stored.values())
             write_part(work, part, stored)
             advance()
+        config = {**parts.source.raw_config, **parts.corrections}
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in (*_COPIED, *(() if quantizer else (_CALIBRATED,))):
             if (parts.source.folder / file).is_file():
                 shutil.copyfile(parts.source.folder / file, work / file)
         facts: dict[str, Any] = {"source": name, "dtype": dtype}
-        facts |= {"parameters": report.parameters, "bytes": report.bytes_out}
+        facts |= {"parameters": report.parameters, "bytes": report.bytes_out, "notes": parts.notes}
         if quantizer:
             facts["quantization"] = quantizer.manifest()
         write_manifest(work, **facts)

@@ -1,56 +1,93 @@
-"""Where weights come from: a Hugging Face folder or a hub id. Safetensors only, read one tensor at a time."""
+"""Where weights come from: a Hugging Face folder or a hub id. Read one tensor at a time."""
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from convert.weight_files import INDEX, SINGLE, Place, equal_tensors, no_weights, opened, refuse_link_out, weight_files
+from qs_jax.config import read_config_json, refuse_quantised
 from qs_jax.errors import CheckpointError
-from qs_jax.tokenizer import TOKENIZER_FILES
+from qs_jax.files import read_json
+from qs_jax.tokenizer_files import TOKENIZER_FILES
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_BUFFERS = (".attn.bias", ".attn.masked_bias")
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""What AutoGPTQ, AutoAWQ and ModelOpt leave beside weights that they have quantised."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SMALL = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+_SHARDS = "model-*-of-*.safetensors"
+_TIMEOUT_S = 10.0
 
 
 class Source:
-    """A Hugging Face folder: its configuration, and name and shape of every tensor; values are read on demand."""
+    """A Hugging Face folder: name and shape of every tensor; values are read on demand.
+
+    `notes` says, one line each, what was chosen where the folder's files contradict each other.
+
+    Raises:
+        CheckpointError: no weights, damaged or quantised ones, or files that contradict each other.
+        ConfigError: `config.json` is missing, or says that the weights are quantised.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files = _weight_files(folder)
+        self.notes: list[str] = []
+        self.raw_config = read_config_json(folder)
+        refuse_quantised(self.raw_config, str(folder / "config.json"))
+        if found := next((name for name in _QUANTISED_FILES if (folder / name).is_file()), None):
+            refuse_quantised({"quantization": True}, str(folder / found))
+        self._files = weight_files(folder, self.notes)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._home: dict[str, Path] = {}
-        for path in sorted(set(self._files.values())) if self._files else [folder / _SINGLE]:
+        self._home: dict[str, Place] = {}
+        self._shared: dict[str, str] = {}
+        for path in sorted(set(self._files.values())) if self._files else [folder / SINGLE]:
             refuse_link_out(folder, path)
             self._read_header(path)
+        self._add_shared()
         absent = sorted(set(self._files) - set(self._home))
         if absent:
-            raise CheckpointError(f"{folder / _INDEX}: names tensors that no shard holds ({', '.join(absent[:5])})")
+            raise CheckpointError(f"{folder / INDEX}: names tensors that no shard holds ({', '.join(absent[:5])})")
 
     def _read_header(self, path: Path) -> None:
-        with _opened(path) as file:
+        with opened(path) as file:
             for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
                 part = file.get_slice(name)
-                if part.get_dtype() not in _FLOATS and not name.endswith((".attn.bias", ".attn.masked_bias")):
+                if part.get_dtype() not in _FLOATS and not name.endswith(_BUFFERS):
                     raise CheckpointError(
-                        f"{path}: tensor {name} is {part.get_dtype()}, expected one of {', '.join(_FLOATS)}"
+                        f"{path}: tensor {name} is {part.get_dtype()}, expected one of {', '.join(_FLOATS)}; quantised "
+                        "weights of other formats are not read: take the unquantised model"
                     )
+                shape = tuple(part.get_shape())
                 if name in self._home:
-                    raise CheckpointError(f"{path}: tensor {name} is also in {self._home[name].name}; remove one")
-                self._home[name], self.shapes[name] = path, tuple(part.get_shape())
+                    self._accept_twin(name, path, shape)
+                    continue
+                self._home[name], self.shapes[name] = (path, name), shape
+            self._shared |= {kept: other for kept, other in (file.metadata() or {}).items() if kept != "format"}
+
+    def _accept_twin(self, name: str, path: Path, shape: tuple[int, ...]) -> None:
+        """A tensor that stands in two files, which is harmless where it is the same in both."""
+        before, _ = self._home[name]
+        if shape != self.shapes[name] or not equal_tensors((before, name), (path, name), shape):
+            raise CheckpointError(f"{path}: tensor {name} is also in {before.name} and differs there; remove one")
+        self.notes.append(f"{path}: tensor {name} is also in {before.name}, the same")
+
+    def _add_shared(self) -> None:
+        """Tensors that the file leaves out because they are another one's memory, as safetensors' own metadata says."""
+        for name, kept in self._shared.items():
+            if name not in self._home and kept in self._home:
+                self._home[name], self.shapes[name] = self._home[kept], self.shapes[kept]
+                self.notes.append(f"{self.folder}: {name} is {kept}, as the file's metadata says")
 
     @property
     def bytes(self) -> int:
         """Size of all weight files."""
-        return sum(path.stat().st_size for path in set(self._home.values()))
+        return sum(path.stat().st_size for path in {path for path, _ in self._home.values()})
 
     def read(self, name: str) -> np.ndarray:
         """One tensor.
@@ -58,36 +95,26 @@ class Source:
         Raises:
             CheckpointError: it holds a NaN or an infinity, or the file cannot be read.
         """
-        path = self._home[name]
-        with _opened(path) as file:
-            tensor = file.get_tensor(name)
+        path, stored = self._home[name]
+        with opened(path) as file:
+            tensor = file.get_tensor(stored)
         if not np.isfinite(tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity; get a sound copy of the weights")
         return tensor
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file, or an empty object where it is absent.
-
-    Raises:
-        CheckpointError: the file is no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; restore or remove it")
-    return value
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values; a few rows of each are in memory at a time."""
+        shape = self.shapes[one]
+        return shape == self.shapes[other] and equal_tensors(self._home[one], self._home[other], shape)
 
 
 def locate(path_or_id: str, revision: str | None = None) -> Path:
     """A local folder as it is, or a hub id downloaded (or found in the hub's local cache).
 
+    Of a repository only the files that are read are fetched: configuration, tokenizer, and the weights once.
+
     Raises:
-        CheckpointError: there is no such folder, and it is no hub id that can be fetched.
+        CheckpointError: there is no such folder, and it is no hub id that can be fetched, or has no safetensors.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
@@ -96,12 +123,10 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{path_or_id}: is a file, expected a model folder or a hub id")
     if not _HUB_ID.fullmatch(path_or_id) or path_or_id.startswith("."):
         raise CheckpointError(f"{path_or_id}: no such folder")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=patterns))
+        return _fetch(path_or_id, revision)
     except GatedRepoError:
         raise CheckpointError(
             f"{path_or_id}: is gated; accept its licence on its hub page and log in with `hf auth login`"
@@ -114,53 +139,36 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to shard, from the index; empty for a single file.
+def _fetch(repository: str, revision: str | None) -> Path:
+    """The snapshot's folder, with the files that are read."""
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        CheckpointError: no safetensors, a shard that is missing or lies outside the folder, a damaged index.
-    """
-    index = folder / _INDEX
-    if (folder / _SINGLE).is_file() and not index.is_file():
-        return {}
-    if not index.is_file():
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        advice = (
-            "only pickled weights, which are never loaded; save the model as safetensors" if pickled else "no weights"
-        )
-        raise CheckpointError(f"{folder}: {advice} (looked for {_SINGLE} and {_INDEX})")
+    names = _listed(repository, revision)
+    if names is None:
+        patterns = [*_SMALL, SINGLE, _SHARDS]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    if SINGLE not in names and INDEX not in names:
+        raise CheckpointError(f"{repository}: {no_weights(names)}")
+    small = [name for name in _SMALL if name in names and (name != INDEX or SINGLE not in names)]
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
+    weights: list[str] = [SINGLE]
+    if SINGLE not in names:
+        shards: Any = read_json(folder / INDEX).get("weight_map")
+        weights = sorted({str(file) for file in shards.values()}) if isinstance(shards, dict) else [_SHARDS]
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=[*small, *weights]))
+
+
+def _listed(repository: str, revision: str | None) -> Sequence[str] | None:
+    """The names of a repository's files; None where the hub cannot be asked, and the local cache may still help."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in names.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{index}: holds no weight_map; restore the file") from None
-    for file in sorted(set(files.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard {file!r} lies outside the folder or is no safetensors file")
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder}: shard {file} is missing; download it again")
-    if not files:
-        raise CheckpointError(f"{index}: names no tensors; restore the file")
-    return {name: folder / file for name, file in files.items()}
-
-
-def refuse_link_out(folder: Path, file: Path) -> None:
-    """A folder from elsewhere must not make us read what lies outside it; the hub's cache links to its own store.
-
-    Raises:
-        CheckpointError: the file is a link out of the folder.
-    """
-    store = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else folder
-    target = file.resolve()
-    if not any(target.is_relative_to(place.resolve()) for place in (folder, store)):
-        raise CheckpointError(f"{file}: is a link out of its folder; put the file itself there")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path}: is truncated or no safetensors file ({reason}); download it again") from None
+        found = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S).siblings
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+        return None
+    except Exception:  # what a network raises is its client's own, which has changed before
+        return None
+    return [file.rfilename for file in found or ()]

@@ -4,7 +4,6 @@ The only module that knows Orbax. A part is the first component of a module path
 that saving and loading need one part in memory at a time.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -24,6 +23,11 @@ import jax
 import numpy as np
 
 from qs_jax.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -85,7 +89,10 @@ def _make(work: Path, target: Path) -> None:
 
 
 def _hold(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; None where somebody holds it or it is gone."""
+    """Lock a folder for as long as this process lives; None where somebody holds it, it is gone, or the system has no
+    such locks: nothing that a killed process left is swept there, as it might be a living one's."""
+    if fcntl is None:
+        return None
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -211,7 +218,9 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Make every file durable before the folder is renamed into place."""
+    """Make every file durable before the folder is renamed into place, where the system lets a reader do that."""
+    if os.name != "posix":
+        return
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:

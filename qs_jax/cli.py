@@ -1,5 +1,6 @@
 """The `qs-jax` command. Everything heavy is imported inside the commands, so that `--help` is instant."""
 
+import re
 import sys
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 
 from qs_jax import cli_study
 from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options
-from qs_jax.console import print_json, reporting_errors
+from qs_jax.console import aside, print_json, reporting_errors
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
 
@@ -33,12 +34,16 @@ def _commands() -> None:
 \b
   qs-jax generate ./model --prompt "Once upon a time"
   qs-jax generate ./model --prompt "Once upon a time" --temperature 0.8 --seed 1
+  qs-jax generate ./model --prompt "Hi" --chat --stop "\\n\\n" --stop "<|im_end|>"
   echo "Once upon a time" | qs-jax generate ./model --prompt - --json"""
 )
 @common_options()
 def generate(
     model: ModelArgument,
-    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for a batch; - reads stdin.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option(help="Text to continue; repeat for a batch; - reads stdin (less one line break at its end)."),
+    ],
     policy: PolicyOption = "off",
     bits: Bits = DEFAULTS.bits,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to produce.")] = DEFAULTS.max_new_tokens,
@@ -49,12 +54,24 @@ def generate(
         float | None, typer.Option(help="Leave out tokens less likely than this share of the best.")
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: repeated tokens become less likely.")
-    ] = DEFAULTS.repetition_penalty,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
+        float | None, typer.Option(help="Above 1: repeated tokens become less likely.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text or special token that ends the output; may be repeated; knows \\n, \\t, \\r, \\\\, \\uXXXX."
+        ),
+    ] = None,
     num_return_sequences: Annotated[int, typer.Option(help="Samples per prompt.")] = DEFAULTS.num_return_sequences,
     seed: Annotated[int | None, typer.Option(help="Repeats a sample; drawn and reported if not given.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
+    generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--generation-config/--no-generation-config",
+            help="Take what is not asked for (sampling, penalty, end of text) from the model's generation_config.json.",
+        ),
+    ] = True,
     *,
     common: Common,
 ) -> None:
@@ -66,12 +83,13 @@ def generate(
             "bits": bits,
             "max_new_tokens": max_new_tokens,
             "repetition_penalty": repetition_penalty,
-            "stop_strings": stop or (),
+            "stop_strings": [unescape(text) for text in stop or ()],
+            "use_model_defaults": generation_config,
             "num_return_sequences": num_return_sequences,
             "seed": seed,
             **_sampling(sampling, asked=num_return_sequences > 1 or seed is not None),
         }
-        GenerationConfig.of(**settings)
+        GenerationConfig.of(**{name: value for name, value in settings.items() if value is not None})
         prompts: list[Any] = [_stdin() if text == "-" else text for text in prompt]
         if chat:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
@@ -118,7 +136,7 @@ def bench(
             f"{figures['bandwidth_gb_s']:.1f} GB/s of weights, "
             f"{figures['bandwidth_fraction']:.0%} of measured bandwidth\n"
             f"prefill of {prompt_tokens} tokens {figures['prefill_s']:.3f} s, "
-            f"compilation {figures['compile_s']:.1f} s, peak memory {figures['peak_rss_mb']:.0f} MB"
+            f"compilation {figures['compile_s']:.1f} s, peak memory {figures['peak_rss_mb'] or float('nan'):.0f} MB"
         )
 
 
@@ -130,9 +148,21 @@ app.command("report", epilog=cli_study.REPORT_EXAMPLES)(cli_study.report)
 
 def _stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError:
         raise GenerationError("the prompt on stdin is not UTF-8 text; convert it first") from None
+    # the line break that echo and editors put at the end is not meant to be continued
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def unescape(text: str) -> str:
+    r"""What a shell cannot easily say: \n, \t, \r, \\ and \uXXXX. Anything else after a backslash stays as it is."""
+
+    def written(match: re.Match[str]) -> str:
+        code = match[1]
+        return chr(int(code[1:], 16)) if code[0] == "u" else {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[code]
+
+    return re.sub(r"\\(n|t|r|\\|u[0-9a-fA-F]{4})", written, text)
 
 
 def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:
@@ -141,42 +171,55 @@ def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:
     if given.get("temperature") == 0:
         if len(given) > 1 or asked:
             raise GenerationError("--temperature 0 is greedy; leave out the other sampling options")
-        return {}
+        return {"do_sample": False}
     return {**given, "do_sample": True} if given or asked else {}
 
 
 def _print_generation(loaded: Any, prompts: list[Any], settings: dict[str, Any], *, json: bool) -> None:
-    from qs_jax.generation import generate, stream
+    from qs_jax.generation import generate, not_finite, stream
 
     rows = len(prompts) * settings["num_return_sequences"]
     if json:
         output = generate(loaded, prompts, **settings)
-        print_json(
-            {
-                "texts": output.texts,
-                "tokens": output.tokens,
-                "lengths": output.lengths,
-                "finish_reasons": output.finish_reasons,
-                "logprobs": output.logprobs,
-                "seeds": output.seeds,
-                **output.trace,
-                "ledger": output.ledger,
-                "timing": output.timing,
-            }
-        )
-        return
-    if rows == 1:
-        output = _print_stream(prompts[0], stream(loaded, prompts, **settings))
+        print_json({**_whole(output), "notes": list(loaded.notes)})
     else:
-        output = generate(loaded, prompts, **settings)
-        for row, text in enumerate(output.texts):
-            print(f"--- {row + 1} of {rows} ({output.finish_reasons[row]})\n{text}")
+        for note in loaded.notes:
+            aside(f"note: {note}")
+        if rows == 1:
+            output = _print_stream(prompts[0], stream(loaded, prompts, **settings))
+        else:
+            output = generate(loaded, prompts, **settings)
+            for row, text in enumerate(output.texts):
+                print(f"--- {row + 1} of {rows} ({output.finish_reasons[row]})\n{text}")
+        aside(_in_force(output))
+        aside(_took(output))
+    if "not_finite" in output.finish_reasons:
+        raise GenerationError(not_finite(loaded))
+
+
+def _whole(output: Any) -> dict[str, Any]:
+    """What `--json` prints of an output."""
+    names = ("texts", "tokens", "lengths", "finish_reasons", "logprobs", "seeds", "settings", "ledger", "timing")
+    return {**{name: getattr(output, name) for name in names}, **output.trace}
+
+
+def _in_force(output: Any) -> str:
+    """The settings that shaped the output, and which of them the model's own file gave."""
+    settings, neutral = output.settings, GenerationConfig()
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    shown = ["sampled" if settings["do_sample"] else "greedy"]
+    shown += [f"{name} {settings[name]:g}" for name in names if settings[name] != getattr(neutral, name)]
+    shown += [f"seed {output.seeds[0]}"] if settings["do_sample"] else []
+    given = settings["from_generation_config"]
+    return ", ".join(shown) + (f" (generation_config.json: {', '.join(given)})" if given else "")
+
+
+def _took(output: Any) -> str:
     timing = output.timing
-    print(
+    return (
         f"{sum(output.lengths)} tokens, {timing['tokens_per_second']:.1f} tokens/s "
         f"(prefill {timing['prefill_s']:.2f} s, decoding {timing['decode_s']:.2f} s, "
-        f"of which compiling {timing['compile_s']:.2f} s), {', '.join(sorted(set(output.finish_reasons)))}",
-        file=sys.stderr,
+        f"of which compiling {timing['compile_s']:.2f} s), {', '.join(sorted(set(output.finish_reasons)))}"
     )
 
 

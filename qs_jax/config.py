@@ -1,4 +1,4 @@
-"""Model configuration: one frozen, hashable dataclass for every architecture, read strictly from `config.json`."""
+"""Model configuration: one frozen, hashable dataclass for every architecture."""
 
 import json
 import math
@@ -12,9 +12,7 @@ from qs_jax.errors import ConfigError
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 RopeType = Literal["default", "linear", "llama3"]
 
-_LARGEST_INTEGER = 2**31 - 1
 _VOCAB_MULTIPLE = 64
-_MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -74,115 +72,23 @@ class ModelConfig:
         return base / (layer + 1) if self.attention_scale_by_layer else base
 
 
-class ConfigReader:
-    """Typed reads from a raw `config.json`: a missing or absurd value is a one-line `ConfigError`, never a default.
+def refuse_quantised(raw: Mapping[str, Any], source: str) -> None:
+    """Raise if the weights are codes in somebody else's format.
 
-    A default is used only where the caller names it, which the architecture files do where Hugging Face's own
-    configuration class documents one.
+    Raises:
+        ConfigError: it names the format.
     """
-
-    def __init__(self, raw: Mapping[str, Any], source: str):
-        self.raw = raw
-        self.source = source
-
-    def _fail(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {key} is {self.raw.get(key)!r}, expected {expected}")
-
-    def _present(self, key: str, *, default: Any) -> Any:
-        value = self.raw.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise ConfigError(f"{self.source}: {key} is missing; add it to config.json")
-            return default
-        return value
-
-    def integer(self, key: str, default: Any = None, *, minimum: int = 1, maximum: int = _LARGEST_INTEGER) -> int:
-        value = self._present(key, default=_REQUIRED if default is None else default)
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise self._fail(key, f"a whole number from {minimum} to {maximum}")
-        return value
-
-    def layers(self, key: str) -> int:
-        """A number of layers; an absurd one is refused before a network of that depth is laid out."""
-        return self.integer(key, maximum=_MOST_LAYERS)
-
-    def context(self, *, window: int | None = None) -> int:
-        """The longest context: `max_position_embeddings`, or the sliding window if that is shorter.
-
-        A window hides a token from those `window` positions later, so that no context up to its length is touched by
-        it. Longer requests are refused like any beyond the context; a rolling cache is not implemented.
-        """
-        positions = self.integer("max_position_embeddings")
-        return positions if window is None else min(positions, window)
-
-    def sliding_window(self, default: int) -> int | None:
-        """`sliding_window` in tokens: the default where it is absent, none where it is null."""
-        written = "sliding_window" in self.raw
-        return None if written and self.raw["sliding_window"] is None else self.integer("sliding_window", default)
-
-    def number(self, key: str, default: Any = None) -> float:
-        value = self._present(key, default=_REQUIRED if default is None else default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise self._fail(key, "a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._present(key, default=default)
-        if not isinstance(value, bool):
-            raise self._fail(key, "true or false")
-        return value
-
-    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> Any:
-        value = self._present(key, default=_REQUIRED if default is None else default)
-        if value not in choices:
-            raise self._fail(key, "one of " + ", ".join(choices))
-        return value
-
-    def refuse(self, key: str, *accepted: Any) -> None:
-        """Raise unless `key` is absent, null or one of `accepted`: an option that changes the mathematics."""
-        if self.raw.get(key) is not None and self.raw[key] not in accepted:
-            raise ConfigError(f"{self.source}: {key}={self.raw[key]!r} is not implemented; convert a model without it")
-
-    def token_id(self, key: str, vocab_size: int) -> int | None:
-        ids = self.token_ids(key, vocab_size)
-        return ids[0] if ids else None
-
-    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """A token id or a list of them, as `eos_token_id` may be. Ids outside the vocabulary are refused."""
-        value = self.raw.get(key)
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in values):
-            raise self._fail(key, f"token ids from 0 to {vocab_size - 1}")
-        return tuple(values)
-
-    def rope(self) -> RopeConfig:
-        """Read `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both."""
-        parameters = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
-        if not isinstance(parameters, dict):
-            raise ConfigError(f"{self.source}: rope_parameters is {parameters!r}, expected an object")
-        merged = {"rope_theta": self.raw.get("rope_theta"), **parameters}
-        if merged["rope_theta"] is None:
-            raise ConfigError(f"{self.source}: rope_theta is missing, at the top level and in rope_parameters; add it")
-        merged.setdefault("rope_type", merged.get("type", "default"))
-        merged.setdefault("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
-        reader = ConfigReader(merged, f"{self.source}: rope_parameters")
-        reader.refuse("partial_rotary_factor", 1)
-        rope_type = reader.choice("rope_type", ("default", "linear", "llama3"))
-        if rope_type == "default":
-            return RopeConfig(reader.number("rope_theta"))
-        if rope_type == "linear":
-            return RopeConfig(reader.number("rope_theta"), "linear", reader.number("factor"))
-        return RopeConfig(
-            reader.number("rope_theta"),
-            "llama3",
-            reader.number("factor"),
-            reader.number("low_freq_factor"),
-            reader.number("high_freq_factor"),
-            reader.integer("original_max_position_embeddings"),
+    found = next((raw[key] for key in _QUANTISED if raw.get(key)), None)
+    if found is not None:
+        kind = found.get("quant_method") or found.get("quant_algo") if isinstance(found, dict) else None
+        raise ConfigError(
+            f"{source}: the weights are quantised ({kind or 'quantization'}), a format that is not read; take the "
+            "unquantised model, and --quantize matryoshka for fewer bits"
         )
 
 
-_REQUIRED = object()
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
+"""Keys that transformers, MLX and compressed-tensors write into `config.json`."""
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:

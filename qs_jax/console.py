@@ -1,12 +1,14 @@
 """What both command lines share: one-line errors, JSON on stdout, progress on stderr. Imports nothing heavy."""
 
 import _thread
+import io
 import json
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 from qs_jax.errors import QsJaxError
 
@@ -21,6 +23,7 @@ _AGAIN_S = 0.05
 @contextmanager
 def reporting_errors(debug: bool) -> Iterator[None]:
     """Turn exceptions into one line on stderr and an exit status: 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+    _show_what_can_be_shown()
     try:
         with _interrupts_insist():
             yield
@@ -69,7 +72,7 @@ def _interrupts_insist() -> Iterator[None]:
             again.cancel()
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """The message with line breaks and control characters taken out, and no longer than a screen: it may quote a
     hostile file. What is cut is the middle; the end says what to do."""
     text = " ".join(str(error).split())
@@ -79,8 +82,30 @@ def one_line(error: BaseException) -> str:
 
 
 def print_json(payload: Any) -> None:
-    """Print one JSON object on stdout."""
-    print(json.dumps(payload, ensure_ascii=False, allow_nan=False), flush=True)
+    """Print one JSON object on stdout, in ASCII, which any terminal shows; what JSON has no number for becomes null."""
+    print(json.dumps(_finite(payload), allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def aside(text: str) -> None:
+    """A dim line on stderr: what a person may want to know beside the result."""
+    line = one_line(text)
+    print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+def _show_what_can_be_shown() -> None:
+    """A character that the terminal's encoding lacks becomes a question mark and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        # not where somebody took the file away or put another under it
+        with suppress(AttributeError, OSError, ValueError):
+            cast(io.TextIOWrapper, stream).reconfigure(errors="replace")
 
 
 @contextmanager

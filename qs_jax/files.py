@@ -1,7 +1,28 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and small JSON files."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from qs_jax.errors import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file, or an empty object where it is absent.
+
+    Raises:
+        CheckpointError: the file is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; restore or remove it")
+    return value
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

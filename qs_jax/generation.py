@@ -1,7 +1,7 @@
 """The host API: prompts in, text out, with Hugging Face's names and semantics."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,15 +12,17 @@ from jaxtyping import Int
 from qs_jax.adaptive.precision import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.session import Request, Session
-from qs_jax.engine.stopping import Detokenizer, ends_with_stop
+from qs_jax.engine.stopping import Detokenizer, StopStrings
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
+from qs_jax.generation_defaults import with_defaults
 from qs_jax.loading import Model
 from qs_jax.matryoshka.linear import at_bits, has_planes
 from qs_jax.models.base import CausalLM
 from qs_jax.request import Prompt, prepare
 
-FinishReason = Literal["eos", "stop_string", "length"]
+FinishReason = Literal["eos", "stop_string", "length", "not_finite"]
+"""`not_finite`: the next logits were NaN or infinite, so that no token could be chosen; see `not_finite`."""
 
 CHUNK = 32
 """Decode steps per call of the compiled program."""
@@ -35,6 +37,7 @@ class GenerateOutput:
     `tokens` holds only new tokens, the end-of-text id included where one was produced; `sequences` is the same as one
     rectangle, padded on the right. `logprobs` are natural log-probabilities of the tokens under the model's own
     distribution, before temperature or penalties. `texts` is the new text. `seeds` repeats the call.
+    `settings` are those in force, and under `from_generation_config` which of them the model's file gave.
     `trace` says what was spent on each token: `layers_run`, `bits` (mean over those layers) and `signal` (at the last
     decision to halt) per row and new token, of the pass that chose it; `prompt_layers_run`, `prompt_fused_with` (index
     of the prompt token it went on in, or -1) and `prompt_signal` per prompt and token. Times in `timing` are seconds
@@ -48,6 +51,7 @@ class GenerateOutput:
     finish_reasons: list[FinishReason]
     logprobs: list[list[float]]
     seeds: list[int]
+    settings: dict[str, Any]
     trace: dict[str, Any]
     ledger: dict[str, float]
     timing: dict[str, float]
@@ -68,6 +72,7 @@ class _Row:
     """A row's output so far. Text is made as tokens arrive only where somebody looks at it before the end."""
 
     detokenizer: Detokenizer | None
+    stops: StopStrings | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     layers_run: list[int] = field(default_factory=list)
@@ -76,17 +81,28 @@ class _Row:
     finish_reason: FinishReason | None = None
 
 
+def _row(model: Model, prompt: Sequence[int], config: GenerationConfig) -> _Row:
+    if model.tokenizer is None:
+        return _Row(None, None)
+    stops = StopStrings(model.tokenizer, prompt, config.stop_strings) if config.stop_strings else None
+    return _Row(Detokenizer(model.tokenizer, prompt), stops)
+
+
 class _Generation:
     """One request on its way through a session: rows grow, end, and become output."""
 
-    def __init__(self, model: Model, config: GenerationConfig, request: Request, *, streaming: bool):
+    def __init__(self, model: Model, settings: Mapping[str, Any], prompts: Any, *, chunk_size: int, streaming: bool):
+        self.started = time.perf_counter()
+        config, given = with_defaults(settings, model.defaults)
+        request = prepare(model, prompts, config, chunk_size=chunk_size)
         self.session = Session(network_at(model, config.bits), request, bits=config.bits or FULL)
         self.request = request
-        self.stop_strings = config.stop_strings
         self.pad_token_id = _pad_token_id(model, config)
-        self.watching = streaming or bool(config.stop_strings)
-        prompts = [prompt for prompt in request.prompts for _ in range(request.copies)]
-        self.rows = [_Row(Detokenizer(model.tokenizer, p) if model.tokenizer else None) for p in prompts]
+        self.settings = _in_force(config, request, self.pad_token_id, given)
+        self.streaming = streaming
+        self.rows = []
+        for prompt in [prompt for prompt in request.prompts for _ in range(request.copies)]:
+            self.rows.append(_row(model, prompt, config))
 
     def pieces(self) -> Iterator[StreamPiece]:
         """Run to the end; yields what each row gained in each chunk."""
@@ -98,29 +114,34 @@ class _Generation:
     def _extend(self, index: int, row: _Row, chosen: Chosen) -> StreamPiece:
         tokens: list[int] = chosen.tokens.tolist()
         text, used = "", 0
-        for token in tokens:
-            used += 1
-            piece = row.detokenizer.push(token) if row.detokenizer and self.watching else ""
-            text += piece
-            row.finish_reason = self._finish_reason(row, token, piece, len(row.tokens) + used)
-            if row.finish_reason:
-                self.session.finish(index)
+        for token, finite in zip(tokens, np.isfinite(chosen.logprobs), strict=True):
+            if not finite:
+                row.finish_reason = "not_finite"
                 break
+            used += 1
+            text += row.detokenizer.push(token) if row.detokenizer and self.streaming else ""
+            row.finish_reason = self._finish_reason(row, token, len(row.tokens) + used)
+            if row.finish_reason:
+                break
+        if row.finish_reason:
+            self.session.finish(index)
         row.tokens += tokens[:used]
         for name in ("logprobs", "layers_run", "bits_read", "signal"):
             getattr(row, name).extend(getattr(chosen, name)[:used].tolist())
-        if row.finish_reason and row.detokenizer and self.watching:
+        if row.finish_reason and row.detokenizer and self.streaming:
             text += row.detokenizer.flush()
         return StreamPiece(index, text, tokens[:used], row.finish_reason)
 
-    def _finish_reason(self, row: _Row, token: int, piece: str, length: int) -> FinishReason | None:
+    def _finish_reason(self, row: _Row, token: int, length: int) -> FinishReason | None:
+        stopped = row.stops is not None and row.stops.push(token)
         if token in self.request.eos_token_ids:
             return "eos"
-        if piece and row.detokenizer and ends_with_stop(row.detokenizer.text, piece, self.stop_strings):
+        if stopped:
             return "stop_string"
         return "length" if length >= self.request.max_new_tokens else None
 
-    def output(self, elapsed: float) -> GenerateOutput:
+    def output(self) -> GenerateOutput:
+        elapsed = time.perf_counter() - self.started
         lengths = [len(row.tokens) for row in self.rows]
         decode_s = self.session.decode_seconds
         return GenerateOutput(
@@ -131,6 +152,7 @@ class _Generation:
             finish_reasons=[row.finish_reason or "length" for row in self.rows],
             logprobs=[row.logprobs for row in self.rows],
             seeds=[seed for seed, _ in self.request.seeds],
+            settings=self.settings,
             trace=self._trace(),
             ledger=self.session.ledger.to_json(),
             timing={
@@ -160,7 +182,7 @@ class _Generation:
     def _text(self, row: _Row) -> str:
         if row.detokenizer is None:
             return ""
-        if not self.watching:
+        if not self.streaming:
             for token in row.tokens:
                 row.detokenizer.push(token)
             row.detokenizer.flush()
@@ -188,18 +210,16 @@ def generate(model: Model, prompts: Prompt | Sequence[Prompt], **settings: Any) 
     Args:
         model: what `qs_jax.load` returned.
         prompts: one prompt or a list of them.
-        **settings: the fields of `GenerationConfig`.
+        **settings: the fields of `GenerationConfig`; what is left out, the model's `generation_config.json` may say.
 
     Raises:
         GenerationError: an empty or over-long prompt, or a setting that is unknown or out of range.
         TokenizerError: text was given and the model has no tokenizer, or chat and it has no template.
     """
-    started = time.perf_counter()
-    config = GenerationConfig.of(**settings)
-    generation = _Generation(model, config, prepare(model, prompts, config, chunk_size=CHUNK), streaming=False)
+    generation = _Generation(model, settings, prompts, chunk_size=CHUNK, streaming=False)
     for _ in generation.pieces():
         pass
-    return generation.output(time.perf_counter() - started)
+    return generation.output()
 
 
 def stream(
@@ -210,16 +230,20 @@ def stream(
     The pieces of a row join to exactly the text that `generate` returns. Arguments and errors are those of
     `generate`; a bad request is refused before the first piece is asked for.
     """
-    started = time.perf_counter()
-    config = GenerationConfig.of(**settings)
-    request = prepare(model, prompts, config, chunk_size=_STREAMING_CHUNK)
-    generation = _Generation(model, config, request, streaming=True)
+    generation = _Generation(model, settings, prompts, chunk_size=_STREAMING_CHUNK, streaming=True)
 
     def pieces() -> Generator[StreamPiece, None, GenerateOutput]:
         yield from generation.pieces()
-        return generation.output(time.perf_counter() - started)
+        return generation.output()
 
     return pieces()
+
+
+def not_finite(model: Model) -> str:
+    """What to say of logits that were NaN or infinite, and what to do."""
+    wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(str(model.dtype))
+    advice = f"load it with --dtype {wider}" if wider else "its weights are damaged or too large"
+    return f"{model.name}: logits are not finite in {model.dtype}, so that no token can be chosen; {advice}"
 
 
 def network_at(model: Model, bits: int | None) -> CausalLM:
@@ -239,6 +263,21 @@ def _pad_token_id(model: Model, config: GenerationConfig) -> int:
     """The id asked for, else the model's, else its end of text (as Hugging Face does), else 0."""
     choices = (config.pad_token_id, model.config.pad_token_id, *model.config.eos_token_ids, 0)
     return next(choice for choice in choices if choice is not None)
+
+
+def _in_force(config: GenerationConfig, request: Request, pad_token_id: int, given: Sequence[str]) -> dict[str, Any]:
+    """The settings that shape the output, as plain values."""
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "max_new_tokens": config.max_new_tokens,
+        "num_return_sequences": config.num_return_sequences,
+        "eos_token_id": list(request.eos_token_ids),
+        "pad_token_id": pad_token_id,
+        "stop_strings": list(config.stop_strings),
+        "bits": config.bits,
+        "from_generation_config": list(given),
+    }
 
 
 def _rectangle(rows: Sequence[Sequence[int]], pad_token_id: int) -> Int[np.ndarray, "rows longest"]:

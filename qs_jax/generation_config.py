@@ -12,6 +12,9 @@ from qs_jax.errors import GenerationError
 PRECISIONS = (8, 4, 2)
 """Bits at which Matryoshka weights can be read."""
 
+_LEAST, _MOST = 1e-10, 1e10
+"""Logits divided by such a temperature and such a penalty are still float32 numbers."""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -30,10 +33,14 @@ class GenerationConfig:
         repetition_penalty: divides (or, if negative, multiplies) the logits of tokens already in the row; 1 for none.
         eos_token_id: id or ids that end a row; None for the model's own, an empty list for none.
         pad_token_id: fills `GenerateOutput.sequences` behind rows that ended; None for the model's own.
-        stop_strings: texts that end a row, also where they straddle tokens; the text keeps them, as in Hugging Face.
+        stop_strings: texts that end a row once a new token completes them, as in Hugging Face: they may lie over
+            several tokens, begin in the prompt, and name special tokens (`<|im_end|>`). The text keeps them.
         num_return_sequences: sequences per prompt; needs `do_sample`.
         seed: a number, or one per prompt. A row's tokens depend on its own prompt, seed and sequence number only, so
             equal prompts with equal seeds give equal text. None draws one and reports it in `GenerateOutput.seeds`.
+        use_model_defaults: what is not asked for is taken from the model's `generation_config.json`, as Hugging Face
+            does: `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, and the ids of end and
+            padding.
     """
 
     policy: Policy | str | Path = "off"
@@ -50,6 +57,7 @@ class GenerationConfig:
     stop_strings: Sequence[str] = ()
     num_return_sequences: int = 1
     seed: int | Sequence[int] | None = None
+    use_model_defaults: bool = True
 
     @classmethod
     def of(cls, **settings: Any) -> "GenerationConfig":
@@ -70,13 +78,16 @@ class GenerationConfig:
         self._require("top_k", is_integer(self.top_k, 0), "a whole number from 0 (0 for no limit)")
         self._require(
             "temperature",
-            _is_number(self.temperature) and self.temperature > 0,
-            "a number above 0 (for greedy decoding set do_sample=False)",
+            _is_number(self.temperature) and _LEAST <= self.temperature <= _MOST,
+            f"a number from {_LEAST:g} to {_MOST:g} (for greedy decoding set do_sample=False)",
         )
         self._require("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1")
         penalty = self.repetition_penalty
-        self._require("repetition_penalty", _is_number(penalty) and penalty > 0, "a number above 0")
+        between = _is_number(penalty) and _LEAST <= penalty <= _MOST
+        self._require("repetition_penalty", between, f"a number from {_LEAST:g} to {_MOST:g}")
+        self._require("use_model_defaults", isinstance(self.use_model_defaults, bool), "true or false")
+        self._require("do_sample", isinstance(self.do_sample, bool), "true or false")
         self._require("stop_strings", all(isinstance(s, str) and s for s in self.stop_strings), "non-empty strings")
         if not self.do_sample:
             sampling = (self.temperature, self.top_k, self.top_p, self.min_p, self.num_return_sequences)

@@ -1,7 +1,9 @@
 """`qs_jax.load`: a converted folder, a Hugging Face folder or a hub id becomes a model on the device."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from convert.parts import Parts, hf_config, stored_as
-from convert.source import Source, locate, refuse_link_out
+from convert.source import Source, locate
+from convert.weight_files import refuse_link_out
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
-from qs_jax.errors import ConfigError, TokenizerError
+from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
+from qs_jax.generation_defaults import read_generation_defaults
 from qs_jax.lens import LENS_FILE, Lens, with_lens
 from qs_jax.matryoshka.stored import collect, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
@@ -26,13 +30,21 @@ _CACHE_SWITCH = "QS_JAX_COMPILATION_CACHE"
 
 @dataclass(frozen=True)
 class Model:
-    """A model ready to generate. `name` is what the user asked for; `tokenizer` is None where the folder has none."""
+    """A model ready to generate.
+
+    `name` is what the user asked for; `tokenizer` is None where the folder has none or none that can be read, and
+    `no_tokenizer` says why. `defaults` are the settings of `generation_config.json`, for what a call leaves out.
+    `notes` says, one line each, what was supplied, chosen among contradictions or passed over in the folder's files.
+    """
 
     config: ModelConfig
     network: CausalLM
     tokenizer: Tokenizer | None
     dtype: jnp.dtype
     name: str
+    no_tokenizer: str = "no tokenizer; copy tokenizer.json beside the weights or give token ids"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def special_ids(self) -> list[int]:
@@ -71,17 +83,24 @@ def load(
     folder = locate(str(path_or_id), revision)
     if compilation_cache:
         _use_compilation_cache()
-    config, arrays = _read_converted(folder, chosen, verify) if is_converted(folder) else _read_source(folder, chosen)
+    notes: list[str] = []
+    read = partial(_read_converted, verify=verify) if is_converted(folder) else _read_source
+    config, arrays = read(folder, chosen, notes)
     network = network_from_arrays(config, arrays, dtype=chosen)
     if (folder / LENS_FILE).is_file():
         refuse_link_out(folder, folder / LENS_FILE)
         network = with_lens(network, Lens.load(folder / LENS_FILE, config))
-    return Model(config, network, _tokenizer(folder), chosen, str(path_or_id))
+    defaults = read_generation_defaults(folder, config.vocab_size, notes)
+    tokenizer, problem = _tokenizer(folder)
+    _note_other_end(folder, tokenizer, config, defaults, notes)
+    return Model(config, network, tokenizer, chosen, str(path_or_id), problem, defaults, tuple(notes))
 
 
-def _read_converted(folder: Path, dtype: jnp.dtype, verify: bool) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_converted(
+    folder: Path, dtype: jnp.dtype, notes: list[str], *, verify: bool
+) -> tuple[ModelConfig, dict[str, Any]]:
     kernels = from_manifest(read_manifest(folder, verify=verify).get("quantization"), str(folder))
-    config = hf_config(folder)
+    config = hf_config(folder, notes)
     shapes = expand(abstract_arrays(config, dtype=dtype), kernels, str(folder))
     arrays: dict[str, Any] = {}
     for part in sorted({part_of(path) for path in shapes}):
@@ -89,22 +108,38 @@ def _read_converted(folder: Path, dtype: jnp.dtype, verify: bool) -> tuple[Model
     return config, collect(arrays, kernels, dtype)
 
 
-def _read_source(folder: Path, dtype: jnp.dtype) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_source(folder: Path, dtype: jnp.dtype, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
     parts = Parts(Source(folder))
+    notes += parts.notes
     arrays: dict[str, Any] = {}
     for _, part in parts:
         arrays |= {path: jnp.asarray(stored_as(array, dtype, path)) for path, array in part.items()}
     return parts.config, arrays
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer; a folder without one still generates from token ids."""
+def _tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
+    """The folder's tokenizer, or why there is none: a folder without one still generates from token ids."""
     try:
-        return Tokenizer.load(folder)
-    except TokenizerError:
-        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise
-        return None
+        return Tokenizer.load(folder), ""
+    except (TokenizerError, CheckpointError) as error:
+        return None, str(error)
+
+
+def _note_other_end(
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    config: ModelConfig,
+    defaults: Mapping[str, Any],
+    notes: list[str],
+) -> None:
+    """Say so where the tokenizer's end of text ends no row: chat models often end with a token of their own."""
+    end = tokenizer.eos_id if tokenizer else None
+    ends = defaults.get("eos_token_id") or config.eos_token_ids
+    if end is not None and end not in (ends if isinstance(ends, list | tuple) else (ends,)):
+        notes.append(
+            f"{folder / 'tokenizer_config.json'}: eos_token is {end}, but generation ends at {ends} as config.json and "
+            "generation_config.json say, as in transformers; eos_token_id and stop_strings change that"
+        )
 
 
 def _use_compilation_cache() -> None:

@@ -31,7 +31,7 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: Generation
         TokenizerError: the model has no tokenizer but text or stop strings were given.
     """
     if config.stop_strings and model.tokenizer is None:
-        raise TokenizerError(f"{model.name}: stop_strings need a tokenizer; copy tokenizer.json beside the weights")
+        raise TokenizerError(f"stop_strings need a tokenizer: {model.no_tokenizer}")
     ids = [_encode(model, prompt) for prompt in _as_batch(prompts)]
     limit = model.config.max_position_embeddings
     for number, prompt in enumerate(ids, start=1):
@@ -100,9 +100,7 @@ def _encode(model: Model, prompt: Any) -> list[int]:
         )
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
         if model.tokenizer is None:
-            raise TokenizerError(
-                f"{model.name}: no tokenizer; copy tokenizer.json beside the weights or give token ids"
-            )
+            raise TokenizerError(model.no_tokenizer)
         tokenizer = model.tokenizer
         prompt = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
     if not prompt:

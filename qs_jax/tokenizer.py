@@ -1,67 +1,60 @@
-"""Text to token ids and back. Wraps the tokenizer files of a Hugging Face folder; transformers is imported lazily."""
+"""Text to token ids and back, by the tokenizers library; chat templates by transformers, imported where one is used."""
 
 import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qs_jax.errors import TokenizerError
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+from qs_jax.tokenizer_files import read_tokenizer_files
 
 Message = Mapping[str, str]
 
+_NONE: Mapping[str, str] = MappingProxyType({})
+
 
 class Tokenizer:
-    """Encode prompts, decode tokens, apply a chat template."""
+    """Encode prompts, decode tokens, apply a chat template.
 
-    def __init__(self, backend: Any):
+    `backend` is a `tokenizers.Tokenizer`; `named` are the special tokens that a template may use, such as `bos_token`.
+    """
+
+    def __init__(self, backend: Any, *, named: Mapping[str, str] = _NONE, chat_template: str | None = None):
         self._backend = backend
+        self._named: dict[str, Any] = dict(named)
+        self._chat_template = chat_template
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read the tokenizer of a model folder.
+        """Read the tokenizer of a model folder. Nothing in the folder is run.
 
         Raises:
-            TokenizerError: there are no tokenizer files, or they cannot be read.
+            TokenizerError: there are no tokenizer files, they cannot be read, or they contradict each other.
         """
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise TokenizerError(
-                f"{folder}: no tokenizer files; copy tokenizer.json beside the weights or give token ids"
-            )
-        # it advises torch, which is not missing here
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer
-
-        try:
-            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
-        except Exception as error:  # transformers raises almost anything on a damaged file
-            reason = " ".join(str(error).split())[:200]
-            raise TokenizerError(f"{folder}: tokenizer cannot be read ({reason}); restore its files") from error
+        files = read_tokenizer_files(folder)
+        return cls(files.backend, named=files.named, chat_template=files.chat_template)
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
-        return len(self._backend)
+        return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def special_ids(self) -> list[int]:
         """Ids of the special tokens: end of text, padding and the like."""
-        return list(self._backend.all_special_ids)
+        return sorted(index for index, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of what the tokenizer names its end of text, if it names one. Generation ends where the model's
+        configuration says, as in Hugging Face, which may be another."""
+        return self._backend.token_to_id(self._named["eos_token"]) if "eos_token" in self._named else None
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(getattr(self._backend, "chat_template", None))
+        return self._chat_template is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens the model expects around a prompt.
@@ -70,26 +63,21 @@ class Tokenizer:
             TokenizerError: the text holds half a surrogate pair, as text read from a wrong encoding does.
         """
         _require_unicode(text)
-        return list(self._backend(text, verbose=False)["input_ids"])
+        return self._backend.encode(text).ids
 
     def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
         """Token ids as `encode` gives them, and the stretch of the text that each stands for; the stretches join to
         the text. Of tokens that share a character the first has it; special tokens have none.
 
         Raises:
-            TokenizerError: a tokenizer without `tokenizer.json`, which cannot tell, or text as `encode` refuses it.
+            TokenizerError: text as `encode` refuses it.
         """
         _require_unicode(text)
-        try:
-            encoded = self._backend(text, return_offsets_mapping=True, verbose=False)
-        except NotImplementedError:
-            raise TokenizerError(
-                "this tokenizer cannot map tokens to text; save it with a tokenizer.json (use_fast=True)"
-            ) from None
-        ends = list(accumulate((end for _, end in encoded["offset_mapping"]), max))
+        encoded = self._backend.encode(text)
+        ends = list(accumulate((end for _, end in encoded.offsets), max))
         starts = [0, *ends[:-1]] if ends else []
         pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-        return list(encoded["input_ids"]), pieces
+        return encoded.ids, pieces
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ending where the assistant speaks next.
@@ -98,20 +86,38 @@ class Tokenizer:
             TokenizerError: the tokenizer has no chat template, the template refuses the messages, or text as `encode`
                 refuses it.
         """
-        if not self.has_chat_template:
+        text = self.render_chat(messages)
+        _require_unicode(text)
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """A conversation as the chat template writes it; templates run in Jinja's sandbox.
+
+        Raises:
+            TokenizerError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        if self._chat_template is None:
             raise TokenizerError("this tokenizer has no chat template; give a plain text prompt")
+        # it advises torch, which is not missing here
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            text = self._backend.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            rendered, _ = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self._chat_template,
+                add_generation_prompt=True,
+                **self._named,
+            )
         except Exception as error:  # the template language is open-ended
             raise TokenizerError(
                 f"the chat template refuses the messages: {' '.join(str(error).split())[:200]}"
             ) from error
-        _require_unicode(text)
-        return list(self._backend(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return rendered[0]
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens; special tokens (end of text and the like) are left out."""
-        return self._backend.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of generated tokens; special tokens (end of text and the like) are left out unless `special`."""
+        return self._backend.decode(list(tokens), skip_special_tokens=not special)
 
 
 def _require_unicode(text: str) -> None:

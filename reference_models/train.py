@@ -105,8 +105,8 @@ def open_trainer(tokens: Path, work_dir: Path, config: Path, recipe: Path, start
         DataError: packed tokens are missing, the folder holds a run of another model, or `start_from` is another
             model, or has another tokenizer than the packed tokens.
     """
-    from convert.source import read_json
     from qs_jax.errors import ConfigError
+    from qs_jax.files import read_json
     from qs_jax.models import parse_config
     from reference_models.export import read_export
     from reference_models.loop import Trainer

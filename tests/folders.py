@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from convert.mapping import to_hugging_face
 from qs_jax.models import arrays_by_path
-from tests.tiny import CONFIGS, character_tokenizer, tiny_model
+from tests.tiny import CHAT_TEMPLATE, CONFIGS, NAMED, character_tokenizer, tiny_model
 
 Tensors = dict[str, np.ndarray]
 
@@ -25,7 +25,8 @@ def write_folder(
     """A Hugging Face folder, in one file or in shards with an index."""
     folder.mkdir()
     if tokenizer:
-        character_tokenizer().save_pretrained(folder)
+        character_tokenizer().save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({**NAMED, "chat_template": CHAT_TEMPLATE}))
     (folder / "config.json").write_text(json.dumps({**CONFIGS[name], **config}))
     tensors = tensors_of(name) if tensors is None else tensors
     if shards == 1:

@@ -8,7 +8,6 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import qs_jax.cli
@@ -29,7 +28,8 @@ def model_folder(folder: Path, name: str = "llama") -> Path:
     save_file(to_hugging_face(arrays_by_path(model.network), model.config), folder / "model.safetensors")
     tokenizer = Tokenizer(BPE(vocab={START: 0} | {letter: n for n, letter in enumerate(LETTERS, 1)}, merges=[]))
     tokenizer.decoder = Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=START, eos_token=START).save_pretrained(str(folder))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": START, "eos_token": START}))
     return folder
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from qs_jax.lens import Lens, with_lens
 from qs_jax.loading import Model
@@ -18,8 +17,20 @@ from qs_jax.matryoshka.rounding import round_to_nearest
 from qs_jax.models import arrays_by_path, forward, network_from_arrays, parse_config, random_network
 from qs_jax.tokenizer import Tokenizer
 
+NO_IDS = {"bos_token_id": None, "eos_token_id": None}
+"""Rows of random models end at no token; left out, Hugging Face's own ids would be supplied."""
+
 CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 97,
+        "n_embd": 32,
+        "n_head": 4,
+        "n_layer": 2,
+        "n_positions": 512,
+        "layer_norm_epsilon": 1e-5,
+        **NO_IDS,
+    },
     "llama": {
         "model_type": "llama",
         "vocab_size": 97,
@@ -32,6 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e4,
         "tie_word_embeddings": False,
+        **NO_IDS,
     },
 }
 
@@ -43,6 +55,7 @@ PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
 
 LENS_RANK = 8
 
+NAMED = {"bos_token": "<s>"}
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>"
 
 _forward = jax.jit(forward)
@@ -64,7 +77,7 @@ def reference_logits(model: Model, tokens: list[int]) -> Float[np.ndarray, "toke
     return np.asarray(_forward(model.network, padded))[0, : len(tokens)]
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer() -> Backend:
     """One token per printable ASCII character, in order, then <s> and </s>: 97 in all, as many as the tiny models have.
 
     Every text longer than a character lies over several tokens.
@@ -72,14 +85,13 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     characters = {chr(code): code - 32 for code in range(32, 127)}
     backend = Backend(models.BPE(vocab={**characters, "<s>": 95, "</s>": 96}, merges=[]))
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
-    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
 
 
 @cache
 def tiny_tokenizer() -> Tokenizer:
-    return Tokenizer(character_tokenizer())
+    return Tokenizer(character_tokenizer(), named=NAMED, chat_template=CHAT_TEMPLATE)
 
 
 def with_random_lens(model: Model) -> Model:

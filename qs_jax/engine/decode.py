@@ -59,10 +59,10 @@ class Program:
 class Chosen(NamedTuple):
     """Tokens chosen at one step (or, stacked, at each step of a chunk) and what is reported of them.
 
-    `logprobs` are natural logarithms under the model's unprocessed distribution. `emitted` is false where the row
-    had already ended, and the other fields are meaningless there. `layers_run`, `bits_read` (summed over those
-    layers) and `signal` (at the last decision to halt or not) tell of the pass that chose the token. `logits` has zero
-    width unless the program keeps them.
+    `logprobs` are natural logarithms under the model's unprocessed distribution, not finite where logits are not, which
+    ends the row. `emitted` is false where the row had already ended, and the other fields are meaningless there.
+    `layers_run`, `bits_read` (summed over those layers) and `signal` (at the last decision to halt or not) tell of the
+    pass that chose the token. `logits` has zero width unless the program keeps them.
     """
 
     tokens: Int[Array, "*steps batch"]
@@ -217,7 +217,8 @@ def _advance(
         state,
         tokens=jnp.where(live, tokens, state.tokens),
         positions=state.positions + live.astype(jnp.int32),
-        done=state.done | is_eos(tokens, eos) | (remaining <= 0),
+        # a logit that is NaN or infinite makes the normaliser so, and with it every log-probability of the row
+        done=state.done | is_eos(tokens, eos) | (remaining <= 0) | ~jnp.isfinite(chosen.logprobs),
         remaining=remaining,
         seen=seen,
         entropy=entropy,

@@ -1,6 +1,7 @@
 """When a row ends: an end-of-text id on the device, a stop string on the host."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -9,6 +10,7 @@ from qs_jax.tokenizer import Tokenizer
 
 _EOS_SLOTS = 8
 _CONTEXT_TOKENS = 6
+_BYTES_OF_A_CHARACTER = 4
 _REPLACEMENT = "\ufffd"
 
 
@@ -28,14 +30,14 @@ class Detokenizer:
     A piece is held back until it decodes to whole characters: tokens may split a UTF-8 sequence. The tokens before a
     piece are decoded along and cut off, because tokenizers drop a space at the start of a text. That context always
     begins with a whole character, since some tokenizers decode a run of bytes that begins in the middle of one to
-    nothing but replacement characters.
+    nothing but replacement characters. `special` spells out special tokens, which are left out otherwise.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, special: bool = False):
+        self._decode = partial(tokenizer.decode, special=special)
         self._pending = _clean_end(tokenizer, prompt)
         self._context = len(self._pending)
-        self._shown = tokenizer.decode(self._pending)
+        self._shown = self._decode(self._pending)
         self.text = ""
 
     def push(self, token: int) -> str:
@@ -48,7 +50,7 @@ class Detokenizer:
         return self._emit(final=True)
 
     def _emit(self, *, final: bool) -> str:
-        whole = self._tokenizer.decode(self._pending)
+        whole = self._decode(self._pending)
         if len(whole) <= len(self._shown) or (whole.endswith(_REPLACEMENT) and not final):
             return ""
         piece = whole[len(self._shown) :]
@@ -56,7 +58,7 @@ class Detokenizer:
         # what was just completed becomes the context of what comes next
         self._pending = self._pending[self._context :]
         self._context = len(self._pending)
-        self._shown = self._tokenizer.decode(self._pending)
+        self._shown = self._decode(self._pending)
         return piece
 
 
@@ -68,8 +70,24 @@ def _clean_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     return list(prompt[-width:])
 
 
-def ends_with_stop(text: str, piece: str, stop_strings: Sequence[str]) -> bool:
-    """Whether a stop string was completed by the last piece of the text."""
-    longest = max(map(len, stop_strings), default=0)
-    tail = text[max(0, len(text) - len(piece) - longest + 1) :]
-    return any(stop in tail for stop in stop_strings)
+class StopStrings:
+    """Notices the token that completes a stop string, as Hugging Face does: anywhere in the text, which begins with the
+    prompt, special tokens spelled out."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str]):
+        self._stop_strings = tuple(stop_strings)
+        self._kept = max(map(len, self._stop_strings)) - 1
+        self._detokenizer = Detokenizer(tokenizer, prompt, special=True)
+        end = prompt[-(_BYTES_OF_A_CHARACTER * self._kept + _CONTEXT_TOKENS) :]
+        self._tail = self._end_of(tokenizer.decode(end, special=True))
+
+    def push(self, token: int) -> bool:
+        """Add a token; returns whether a stop string ends in it."""
+        piece = self._detokenizer.push(token)
+        before, seen = len(self._tail), self._tail + piece
+        self._tail = self._end_of(seen)
+        return any(stop in seen[max(0, before - len(stop) + 1) :] for stop in self._stop_strings)
+
+    def _end_of(self, text: str) -> str:
+        """As much as may be the beginning of a stop string."""
+        return text[max(0, len(text) - self._kept) :]

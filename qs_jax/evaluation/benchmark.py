@@ -1,6 +1,5 @@
 """How fast does a model decode here, and how close is that to what the memory allows?"""
 
-import resource
 import statistics
 import sys
 import time
@@ -16,6 +15,11 @@ from qs_jax.adaptive.ledger import Costs
 from qs_jax.adaptive.policy import Policy
 from qs_jax.generation import CHUNK, generate
 from qs_jax.loading import Model
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 _PROBE_MEGABYTES = 256
 
@@ -69,7 +73,8 @@ def benchmark(
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).tolist()
 
     def run() -> Any:
-        return generate(model, prompts, max_new_tokens=new_tokens + 1, eos_token_id=[], policy=policy, bits=bits)
+        settings = {"max_new_tokens": new_tokens + 1, "eos_token_id": [], "use_model_defaults": False}
+        return generate(model, prompts, policy=policy, bits=bits, **settings)
 
     compile_s = run().timing["compile_s"]
     ceiling = measured_bandwidth()
@@ -96,7 +101,9 @@ def benchmark(
     }
 
 
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in megabytes."""
+def peak_rss_mb() -> float | None:
+    """Largest resident memory of this process so far, in megabytes; None where the system does not say."""
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

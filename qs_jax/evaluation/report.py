@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.plot import histogram, pareto
 from qs_jax.files import write_whole
@@ -35,12 +37,8 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
     """The page. All text in results is escaped.
 
     Raises:
-        EvaluationError: jinja2 is missing, or a result lacks what the page shows.
+        EvaluationError: a result lacks what the page shows.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise EvaluationError("a report needs jinja2: pip install 'qs_jax[report]'") from None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qs_jax.evaluation", "."),
         autoescape=True,

@@ -15,8 +15,9 @@ from qs_jax.engine.decode import Chosen
 from qs_jax.engine.prefill import PromptTrace
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
 from qs_jax.engine.session import Request, Session
+from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.windows import Window
-from qs_jax.generation import CHUNK, network_at
+from qs_jax.generation import CHUNK, network_at, not_finite
 from qs_jax.loading import Model
 
 OFF = "off"
@@ -86,6 +87,7 @@ def score(
 
     Raises:
         GenerationError: bits are asked for and the model's weights are not Matryoshka.
+        EvaluationError: logits are NaN or infinite in the model's dtype.
     """
     network_at(model, bits)
     every = {OFF: dense(model.config), **policies}
@@ -116,7 +118,11 @@ def _run(
 ) -> tuple[Session, Chosen]:
     """One batch through a session; steps are joined."""
     session = Session(network_at(model, bits), forced_request(windows, bound), bits=bits or FULL)
-    chunks = [jax.tree.map(lambda leaf, e=c.emitted.any(axis=1): leaf[e], c) for c in session.chunks()]
+    chunks = []
+    for chunk in session.chunks():
+        if not np.isfinite(chunk.logprobs[chunk.emitted]).all():
+            raise EvaluationError(not_finite(model))
+        chunks.append(jax.tree.map(lambda leaf, e=chunk.emitted.any(axis=1): leaf[e], chunk))
     return session, jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
 
 

@@ -57,7 +57,7 @@ def cut(model: Model, documents: Sequence[str], plan: Plan) -> list[Window]:
         TokenizerError: the model has no tokenizer, or another model's.
     """
     if model.tokenizer is None:
-        raise TokenizerError(f"{model.name}: no tokenizer; copy tokenizer.json beside the weights")
+        raise TokenizerError(model.no_tokenizer)
     limit, start = model.config.max_position_embeddings, start_token(model)
     prefix = _default_prefix(limit - plan.window) if plan.prefix is None else plan.prefix
     if prefix < 0 or max(prefix, 1) + plan.window > limit:

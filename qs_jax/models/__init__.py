@@ -7,37 +7,60 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qs_jax.config import ModelConfig
+from qs_jax.config import ModelConfig, refuse_quantised
+from qs_jax.config_reader import ConfigReader
 from qs_jax.errors import ConfigError
 from qs_jax.models import gpt2, llama, mistral, qwen2
 from qs_jax.models.base import Block, CausalLM, forward
 
 
 class Architecture(NamedTuple):
-    """How to read an architecture's configuration and build its module."""
+    """How to read an architecture's configuration and build its module.
 
-    config_from_hf: Callable[[Mapping[str, Any], str], ModelConfig]
+    `supplied` is what Hugging Face's configuration class supplies for values that `config.json` leaves out.
+    """
+
+    config_from_hf: Callable[[ConfigReader], ModelConfig]
+    supplied: Mapping[str, Any]
     network: type[CausalLM]
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture(gpt2.config_from_hf, gpt2.GPT2),
-    "llama": Architecture(llama.config_from_hf, llama.Llama),
-    "mistral": Architecture(mistral.config_from_hf, llama.Llama),
-    "qwen2": Architecture(qwen2.config_from_hf, llama.Llama),
+    "gpt2": Architecture(gpt2.config_from_hf, gpt2.SUPPLIED, gpt2.GPT2),
+    "llama": Architecture(llama.config_from_hf, llama.SUPPLIED, llama.Llama),
+    "mistral": Architecture(mistral.config_from_hf, mistral.SUPPLIED, llama.Llama),
+    "qwen2": Architecture(qwen2.config_from_hf, qwen2.SUPPLIED, llama.Llama),
 }
 
 
-def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+def parse_config(raw: Mapping[str, Any], source: str, notes: list[str] | None = None) -> ModelConfig:
     """Read a Hugging Face `config.json` of any known architecture.
 
+    Args:
+        raw: the parsed file.
+        source: what to call it.
+        notes: takes one line for each value that was supplied, chosen among several, or passed over.
+
     Raises:
-        ConfigError: `model_type` is missing or unknown, or the architecture refuses the configuration.
+        ConfigError: `model_type` is missing or unknown, the architecture refuses the configuration, or the weights are
+            quantised in a format of their own.
     """
+    refuse_quantised(raw, source)
     model_type = raw.get("model_type")
+    inner = next((key for key in _NESTED if isinstance(raw.get(key), dict)), None)
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise ConfigError(f"{source}: model_type {model_type!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type].config_from_hf(raw, source)
+        advice = f"; its {inner} is a model of its own: save that part alone" if inner else ""
+        raise ConfigError(
+            f"{source}: model_type {model_type!r} is not supported; known: {', '.join(ARCHITECTURES)}{advice}"
+        )
+    if inner:
+        raise ConfigError(f"{source}: model_type {model_type!r} and {inner} are two models; keep one of them")
+    architecture = ARCHITECTURES[model_type]
+    return architecture.config_from_hf(ConfigReader(raw, source, supplied=architecture.supplied, notes=notes))
+
+
+_NESTED = ("text_config", "llm_config", "language_config", "decoder")
+"""Where configurations of models that also see or hear keep that of their text model."""
 
 
 def random_network(config: ModelConfig, *, seed: int, dtype: Any = jnp.float32) -> CausalLM:

@@ -1,26 +1,48 @@
 """GPT-2: layer norms, learned positions, a two-matrix feed-forward, tied head (Radford et al., 2019)."""
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from types import MappingProxyType
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qs_jax.config import Activation, ConfigReader, ModelConfig
+from qs_jax.config import ModelConfig
+from qs_jax.config_reader import ConfigReader
 from qs_jax.errors import ConfigError
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
 from qs_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
 
+SUPPLIED = MappingProxyType(
+    {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    }
+)
+"""What Hugging Face's `GPT2Config` supplies where `config.json` says nothing."""
 
-def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    """Read a GPT-2 `config.json`; defaults are those of Hugging Face's `GPT2Config`.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+def config_from_hf(reader: ConfigReader) -> ModelConfig:
+    """Read a GPT-2 `config.json`.
 
     Raises:
-        ConfigError: a size is missing or absurd, or an option that changes the mathematics is set.
+        ConfigError: a size is absurd or said twice, or an option that changes the mathematics is set.
     """
-    reader = ConfigReader(raw, source)
+    reader = reader.with_aliases(_ALIASES)
     reader.refuse("add_cross_attention", False)
+    source = reader.source
     hidden, heads = reader.integer("n_embd"), reader.integer("n_head")
     if hidden % heads:
         raise ConfigError(f"{source}: n_embd={hidden} is not a multiple of n_head={heads}")
@@ -35,8 +57,8 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
         num_key_value_heads=heads,
         head_dim=hidden // heads,
         max_position_embeddings=reader.integer("n_positions"),
-        norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
-        activation=reader.choice("activation_function", get_args(Activation), "gelu_new"),
+        norm_epsilon=reader.number("layer_norm_epsilon"),
+        activation=reader.activation("activation_function", "gelu_new"),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
         attention_bias=True,
         attention_output_bias=True,

@@ -3,29 +3,43 @@
 Mistral and Qwen2 run the same module; their files say how their configurations differ.
 """
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from types import MappingProxyType
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qs_jax.config import Activation, ConfigReader, ModelConfig
+from qs_jax.config import ModelConfig
+from qs_jax.config_reader import ConfigReader
 from qs_jax.errors import ConfigError
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
 from qs_jax.models.layers import ACTIVATIONS, Linear, RMSNorm
 from qs_jax.models.rope import inverse_frequencies, rotate
 
+SUPPLIED = MappingProxyType(
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+)
+"""What Hugging Face's `LlamaConfig` supplies where `config.json` says nothing."""
 
-def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    """Read a Llama `config.json`; defaults are those of Hugging Face's `LlamaConfig`, except that rope needs a base.
+
+def config_from_hf(reader: ConfigReader) -> ModelConfig:
+    """Read a Llama `config.json`.
 
     Raises:
-        ConfigError: a size is missing or absurd, or an option that changes the mathematics is set.
+        ConfigError: a size is absurd, or an option that changes the mathematics is set.
     """
-    reader = ConfigReader(raw, source)
-    reader.refuse("pretraining_tp", 1)
-    reader.refuse("sliding_window")
+    reader.unused("sliding_window", "Llama attends to the whole context in transformers too")
     bias = reader.flag("attention_bias", False)
     return family_config(
         reader,
@@ -45,10 +59,7 @@ def family_config(
         ConfigError: a size is missing or absurd, or an option that changes the mathematics is set.
     """
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    kv_heads, head_dim = (
-        reader.integer("num_key_value_heads", heads),
-        reader.integer("head_dim", max(hidden // heads, 1)),
-    )
+    kv_heads, head_dim = reader.key_value_heads(heads), reader.integer("head_dim", max(hidden // heads, 1))
     if heads % kv_heads:
         raise ConfigError(
             f"{reader.source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
@@ -67,7 +78,7 @@ def family_config(
         head_dim=head_dim,
         max_position_embeddings=context,
         norm_epsilon=reader.number("rms_norm_eps"),
-        activation=reader.choice("hidden_act", get_args(Activation), "silu"),
+        activation=reader.activation("hidden_act", "silu"),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=attention_bias,
         attention_output_bias=attention_output_bias,

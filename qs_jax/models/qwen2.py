@@ -1,9 +1,9 @@
 """Qwen2 and Qwen2.5: Llama's module with biases on queries, keys and values alone (arXiv 2407.10671)."""
 
-from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
 
-from qs_jax.config import ConfigReader, ModelConfig
+from qs_jax.config import ModelConfig
+from qs_jax.config_reader import ConfigReader
 from qs_jax.errors import ConfigError
 from qs_jax.models import llama
 
@@ -14,13 +14,26 @@ _FIRST_WINDOWED_LAYER = 28
 _KINDS = ("full_attention", "sliding_attention")
 
 
-def config_from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
+SUPPLIED = MappingProxyType(
+    {
+        **llama.SUPPLIED,
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+)
+"""What Hugging Face's `Qwen2Config` supplies where `config.json` says nothing."""
+
+
+def config_from_hf(reader: ConfigReader) -> ModelConfig:
     """Read a Qwen2 `config.json`. Where a layer has a sliding window, the context ends where it would hide tokens.
 
     Raises:
-        ConfigError: a size is missing or absurd, or an option that changes the mathematics is set.
+        ConfigError: a size is absurd, or an option that changes the mathematics is set.
     """
-    reader = ConfigReader(raw, source)
     return llama.family_config(
         reader,
         attention_bias=True,

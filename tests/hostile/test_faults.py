@@ -110,7 +110,9 @@ def test_a_conversion_that_is_interrupted_says_so_and_leaves_nothing(
     """As soon as the folder is there, and while Orbax's own threads are writing into it."""
     target = tmp_path / "out"
     pid = converter.start(target, source=sources["gpt2"])
+    deadline = time.monotonic() + 60
     while not any(tmp_path.glob(moment)) and not target.exists():
+        assert time.monotonic() < deadline, (tmp_path / "out.log").read_text()
         time.sleep(0.001)
     os.kill(pid, signal.SIGINT)
     status, log = converter.end(), (tmp_path / "out.log").read_text()

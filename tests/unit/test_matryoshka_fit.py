@@ -39,7 +39,7 @@ from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.streaming import multiply_groups, multiply_streams
 from qs_jax.matryoshka.tune import Tuning
 from qs_jax.models import arrays_by_path
-from tests.tiny import character_tokenizer, tiny_model
+from tests.tiny import tiny_model
 from tests.unit.test_conversion import assert_refused, write_folder
 from tests.unit.test_conversion import run as convert_folder
 
@@ -268,8 +268,7 @@ def test_a_block_with_other_kernels_is_a_copy() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    character_tokenizer().save_pretrained(folder := write_folder(tmp_path / "hf", "llama"))
-    return folder
+    return write_folder(tmp_path / "hf", "llama", tokenizer=True)
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""Which files of a folder hold its weights, and how one of them is opened. Safetensors only."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qs_jax.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = "only pickled weights, which are never loaded"
+
+_OURS = ("lens.safetensors",)
+_ROWS = 4096
+"""Rows of two tensors that are compared at once."""
+
+Place = tuple[Path, str]
+"""A file, and the name that a tensor has in it."""
+
+
+def weight_files(folder: Path, notes: list[str]) -> dict[str, Path]:
+    """Tensor name to shard, from the index; empty for a single file, which wins over an index as in transformers.
+
+    Raises:
+        CheckpointError: no safetensors, a shard that is missing or lies outside the folder, a damaged index.
+    """
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        if index.is_file():
+            notes.append(f"{folder}: {SINGLE} is read, {INDEX} beside it is not, as in transformers")
+        _note_unread(folder, {SINGLE}, notes)
+        return {}
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: {no_weights(_names(folder))}")
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in names.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{index}: holds no weight_map; restore the file") from None
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: shard {file!r} lies outside the folder or is no safetensors file")
+        if not (folder / file).is_file():
+            only_pickled = not any((folder / other).is_file() for other in files.values())
+            pickled = f"; there are {PICKLED}" if only_pickled and holds_pickles(_names(folder)) else ""
+            raise CheckpointError(f"{folder}: shard {file} is missing{pickled}; download it again")
+    if not files:
+        raise CheckpointError(f"{index}: names no tensors; restore the file")
+    _note_unread(folder, set(files.values()), notes)
+    return {name: folder / file for name, file in files.items()}
+
+
+def no_weights(names: Iterable[str]) -> str:
+    """What to say of a folder or repository with these files, none of which can be read."""
+    advice = f"{PICKLED}; save the model as safetensors" if holds_pickles(names) else "no weights"
+    return f"{advice} (looked for {SINGLE} and {INDEX})"
+
+
+def holds_pickles(names: Iterable[str]) -> bool:
+    return any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
+
+
+def _note_unread(folder: Path, read: set[str], notes: list[str]) -> None:
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in {*read, *_OURS})
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        notes.append(f"{folder}: {', '.join(others[:3])}{more} beside the weights: not read")
+
+
+def refuse_link_out(folder: Path, file: Path) -> None:
+    """A folder from elsewhere must not make us read what lies outside it; the hub's cache links to its own store.
+
+    Raises:
+        CheckpointError: the file is a link out of the folder.
+    """
+    store = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else folder
+    target = file.resolve()
+    if not any(target.is_relative_to(place.resolve()) for place in (folder, store)):
+        raise CheckpointError(f"{file}: is a link out of its folder; put the file itself there")
+
+
+def equal_tensors(one: Place, other: Place, shape: tuple[int, ...]) -> bool:
+    """Whether two tensors of a shape, each given by file and name, hold the same values."""
+    if one == other:
+        return True
+    with opened(one[0]) as first, opened(other[0]) as second:
+        ours, theirs = first.get_slice(one[1]), second.get_slice(other[1])
+        if not shape:
+            return bool(first.get_tensor(one[1]) == second.get_tensor(other[1]))
+        return all(
+            np.array_equal(*(_wide(part[row : min(row + _ROWS, shape[0])]) for part in (ours, theirs)))
+            for row in range(0, shape[0], _ROWS)
+        )
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: is truncated or no safetensors file ({reason}); download it again") from None
