@@ -98,8 +98,9 @@ def equal_tensors(one: Place, other: Place, shape: tuple[int, ...]) -> bool:
         if not shape:
             return bool(first.get_tensor(one[1]) == second.get_tensor(other[1]))
         return all(
-            np.array_equal(*(_wide(part[row : min(row + _ROWS, shape[0])]) for part in (ours, theirs)))
+            np.array_equal(_wide(ours[row:end]), _wide(theirs[row:end]))
             for row in range(0, shape[0], _ROWS)
+            for end in [min(row + _ROWS, shape[0])]
         )
 
 

@@ -134,11 +134,6 @@ class ConfigReader:
         if self.raw.get(key) is not None and self.raw[key] not in accepted:
             raise ConfigError(f"{self.source}: {key}={self.raw[key]!r} is not implemented; convert a model without it")
 
-    def unused(self, key: str, why: str) -> None:
-        """Note that an option, where it is set, changes nothing here, nor in transformers."""
-        if self.raw.get(key) is not None:
-            self.note(f"{key}={self.raw[key]!r} is not used: {why}")
-
     def token_id(self, key: str, vocab_size: int) -> int | None:
         ids = self.token_ids(key, vocab_size)
         return ids[0] if ids else None

@@ -97,7 +97,7 @@ class _Generation:
         request = prepare(model, prompts, config, chunk_size=chunk_size)
         self.session = Session(network_at(model, config.bits), request, bits=config.bits or FULL)
         self.request = request
-        self.pad_token_id = _pad_token_id(model, config)
+        self.pad_token_id = _pad_token_id(model, config, request.eos_token_ids)
         self.settings = _in_force(config, request, self.pad_token_id, given)
         self.streaming = streaming
         self.rows = []
@@ -243,7 +243,7 @@ def not_finite(model: Model) -> str:
     """What to say of logits that were NaN or infinite, and what to do."""
     wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(str(model.dtype))
     advice = f"load it with --dtype {wider}" if wider else "its weights are damaged or too large"
-    return f"{model.name}: logits are not finite in {model.dtype}, so that no token can be chosen; {advice}"
+    return f"{model.name}: states and logits are not finite in {model.dtype}, so that nothing follows; {advice}"
 
 
 def network_at(model: Model, bits: int | None) -> CausalLM:
@@ -259,9 +259,9 @@ def network_at(model: Model, bits: int | None) -> CausalLM:
     return at_bits(model.network, bits)
 
 
-def _pad_token_id(model: Model, config: GenerationConfig) -> int:
-    """The id asked for, else the model's, else its end of text (as Hugging Face does), else 0."""
-    choices = (config.pad_token_id, model.config.pad_token_id, *model.config.eos_token_ids, 0)
+def _pad_token_id(model: Model, config: GenerationConfig, eos_token_ids: Sequence[int]) -> int:
+    """The id asked for, else the model's, else the end of text (as Hugging Face does), else 0."""
+    choices = (config.pad_token_id, model.config.pad_token_id, *eos_token_ids, *model.config.eos_token_ids, 0)
     return next(choice for choice in choices if choice is not None)
 
 

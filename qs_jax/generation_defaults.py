@@ -59,16 +59,7 @@ def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> t
     try:
         return GenerationConfig.of(**given, **asked), tuple(sorted(given))
     except GenerationError as error:
-        if not given or not _sound({**asked, "do_sample": samples}):
-            raise
+        GenerationConfig.of(**{**asked, "do_sample": samples})  # what was asked for goes first
         raise GenerationError(
             f"{FILE} of the model: {error}; repair it, or ignore it (--no-generation-config, use_model_defaults=False)"
         ) from None
-
-
-def _sound(settings: Mapping[str, Any]) -> bool:
-    try:
-        GenerationConfig.of(**settings)
-    except GenerationError:
-        return False
-    return True

@@ -13,7 +13,8 @@ import numpy as np
 
 from qs_jax.adaptive.ledger import Costs
 from qs_jax.adaptive.policy import Policy
-from qs_jax.generation import CHUNK, generate
+from qs_jax.errors import GenerationError
+from qs_jax.generation import CHUNK, generate, not_finite
 from qs_jax.loading import Model
 
 try:
@@ -61,7 +62,7 @@ def benchmark(
 
     Raises:
         PolicyError: the policy cannot be read or does not fit the model.
-        GenerationError: the model has no planes to read at `bits`.
+        GenerationError: the model has no planes to read at `bits`, or its logits are not finite in its dtype.
 
     Returns:
         The figures of the command line's JSON contract. `decode_ms_per_step` is for the whole batch,
@@ -76,7 +77,10 @@ def benchmark(
         settings = {"max_new_tokens": new_tokens + 1, "eos_token_id": [], "use_model_defaults": False}
         return generate(model, prompts, policy=policy, bits=bits, **settings)
 
-    compile_s = run().timing["compile_s"]
+    first = run()
+    if "not_finite" in first.finish_reasons:
+        raise GenerationError(not_finite(model))
+    compile_s = first.timing["compile_s"]
     ceiling = measured_bandwidth()
     outputs = [run() for _ in range(repeats)]
     step = statistics.median(o.timing["decode_s"] / o.timing["decode_steps"] for o in outputs)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.linalg import eigh, svd
 
 from qs_jax.errors import EvaluationError
+from qs_jax.generation import not_finite
 from qs_jax.lens import Lens
 from qs_jax.loading import Model
 from qs_jax.matryoshka.calibration import run_all
@@ -74,7 +75,8 @@ def fit_lens(
     One pass over the text, a layer at a time: memory holds the states of all windows and two matrices of moments.
 
     Raises:
-        EvaluationError: fewer than two windows, a model of one layer, or a rank outside 1 to the hidden size.
+        EvaluationError: fewer than two windows, a model of one layer, a rank outside 1 to the hidden size, or states
+            that are not finite in the model's dtype.
     """
     hidden = model.config.hidden_size
     rank = max(1, hidden // 4) if rank is None else rank
@@ -92,6 +94,8 @@ def fit_lens(
     maps: list[_Map] = []
     for number, block in enumerate(model.network.blocks):
         after = run_all(block, states)
+        if not jnp.isfinite(after).all():
+            raise EvaluationError(not_finite(model))
         if number:
             maps.append(_fit(np.asarray(states, np.float32), np.asarray(after, np.float32), counted, rank))
         states = after

@@ -39,7 +39,7 @@ def config_from_hf(reader: ConfigReader) -> ModelConfig:
     Raises:
         ConfigError: a size is absurd, or an option that changes the mathematics is set.
     """
-    reader.unused("sliding_window", "Llama attends to the whole context in transformers too")
+    reader.refuse("sliding_window")
     bias = reader.flag("attention_bias", False)
     return family_config(
         reader,

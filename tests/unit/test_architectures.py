@@ -61,6 +61,7 @@ def test_a_request_beyond_the_window_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("llama", {"sliding_window": 64}, "sliding_window=64 is not implemented"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
         ("qwen2", {"layer_types": ["linear_attention"]}, "layer_types"),
         ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window is 'yes'"),
