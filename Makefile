@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-parity lint format bench notebooks clean
+.PHONY: help demo test test-slow test-parity test-install lint format bench notebooks clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,10 @@ test-slow: $(VENV)/dev ## the tests that take minutes
 
 test-parity: $(VENV)/parity ## live comparison with Hugging Face transformers on torch
 	@$(BIN)/python -m pytest -m parity
+
+test-install: ## README's commands after `pip install .` alone, with the newest and the lowest versions
+	@$(PYTHON) tests/base_install.py newest
+	@$(PYTHON) tests/base_install.py lowest
 
 lint: $(VENV)/dev ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -58,7 +58,7 @@ def quantised(folder: str) -> Model:
 
 
 def measure(folder: str) -> dict[str, dict[str, float]]:
-    """Per change, the largest error of a logit, and that of the median position, in standard deviations of the logits."""
+    """Per change, the largest error of a logit and that of the median position, in standard deviations of logits."""
     model = qs_jax.load(folder, dtype="float32")
     length = min(PROMPT_TOKENS, model.config.max_position_embeddings)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length)), jnp.int32)

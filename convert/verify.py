@@ -24,8 +24,8 @@ PROMPT_TOKENS = 500
 TOLERANCE = 5e-3
 """Largest error of any logit, in units of the logits' own standard deviation, where both sides have the same weights.
 
-Measured on SmolLM2-135M, the reference models and stories3M: 0.0006 at most. Reading them wrongly costs more: a tenth of
-the epsilon 0.006 to 0.16, half the rotary base 1.1 to 16, the rows of one query kernel turned over 0.7 to 18
+Measured on SmolLM2-135M, the reference models and stories3M: 0.0006 at most. Reading them wrongly costs more: a tenth
+of the epsilon 0.006 to 0.16, half the rotary base 1.1 to 16, the rows of one query kernel turned over 0.7 to 18
 (`python -m benchmarks.verification_gate`)."""
 
 ROUGH_TOLERANCE = {"float16": 0.1, "bfloat16": 0.5, "matryoshka": 1.0}

@@ -1,7 +1,7 @@
 """How to generate: Hugging Face's names, checked once. Imports nothing heavy, so the command line can show defaults."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,9 @@ class GenerationConfig:
         penalty = self.repetition_penalty
         between = _is_number(penalty) and _LEAST <= penalty <= _MOST
         self._require("repetition_penalty", between, f"a number from {_LEAST:g} to {_MOST:g}")
+        self._require("eos_token_id", _are_ids(self.eos_token_id), "a token id or a list of them")
+        pad = self.pad_token_id
+        self._require("pad_token_id", pad is None or is_integer(pad, 0), "a token id")
         self._require("use_model_defaults", isinstance(self.use_model_defaults, bool), "true or false")
         self._require("do_sample", isinstance(self.do_sample, bool), "true or false")
         self._require("stop_strings", all(isinstance(s, str) and s for s in self.stop_strings), "non-empty strings")
@@ -104,6 +107,11 @@ def is_integer(value: Any, minimum: int | None = None) -> bool:
     """Whole numbers of Python and numpy; booleans are not numbers here."""
     whole = hasattr(value, "__index__") and not isinstance(value, bool)
     return whole and (minimum is None or value >= minimum)
+
+
+def _are_ids(value: Any) -> bool:
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    return value is None or is_integer(value) or (several and all(is_integer(token) for token in value))
 
 
 def _is_number(value: Any) -> bool:

@@ -31,7 +31,7 @@ def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) ->
         if len(known) < len(values):
             notes.append(f"{folder / FILE}: {name} is {said[name]!r}, which no token has; passed over")
             said[name] = known
-        if not said[name] and said[name] != 0:
+        if said[name] == []:
             del said[name]
     if isinstance(pad := said.get("pad_token_id"), list):
         said["pad_token_id"] = pad[0]

@@ -41,7 +41,7 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: Generation
                 f"more than the model's context of {limit}; shorten the prompt or lower max_new_tokens"
             )
     eos = config.eos_token_id
-    eos_token_ids = model.config.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    eos_token_ids = model.config.eos_token_ids if eos is None else (eos,) if is_integer(eos) else tuple(eos)
     seeds = _seeds(config, len(ids))
     return Request(
         prompts=ids,

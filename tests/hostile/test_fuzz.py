@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from qs_jax.checkpoint import MANIFEST, read_manifest, write_manifest
 from qs_jax.console import one_line
 from qs_jax.errors import QsJaxError
 from qs_jax.generation import generate
+from qs_jax.generation_defaults import read_generation_defaults, with_defaults
 from qs_jax.tokenizer import Tokenizer
 from tests.folders import write_folder
 from tests.hostile.mutations import spoil_bytes, spoil_safetensors, spoil_text_or_json
-from tests.tiny import CONFIGS, tiny_model
+from tests.tiny import CHAT_TEMPLATE, CONFIGS, tiny_model
 
 Count = Callable[[str, int], None]
 SECONDS_PER_INPUT = 30.0
@@ -90,7 +92,8 @@ def test_shard_index(tmp_path: Path, count: Count) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config(tmp_path: Path, name: str, count: Count) -> None:
     folder = write_folder(tmp_path / "hf", name)
-    scaling = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}} if name == "llama" else {}
+    scaling = {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}} if name == "llama" else {}
+    scaling |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} if name == "qwen2" else {}
     value = {**CONFIGS[name], "eos_token_id": [1, 2], "bos_token_id": 1, **scaling}
     config = folder / "config.json"
 
@@ -117,6 +120,57 @@ def test_tokenizer(folder: Path, count: Count) -> None:
 
     fuzz(file, lambda rng: spoil_text_or_json(value, rng), read, inputs=120)
     count("mutated inputs", 120)
+
+
+def test_tokenizer_config(tmp_path: Path, count: Count) -> None:
+    """What names special tokens, adds tokens and writes chats; and the older files that do the same."""
+    folder = write_folder(tmp_path / "hf", "llama", tokenizer=True)
+    token = {"content": "<x>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    named = {"bos_token": "<s>", "eos_token": {**token, "content": "</s>"}, "pad_token": None, "unk_token": "~"}
+    templates = [{"name": "default", "template": CHAT_TEMPLATE}, {"name": "tool_use", "template": "TOOLS"}]
+    values = {
+        "tokenizer_config.json": {
+            **named,
+            "tokenizer_class": "Own",
+            "auto_map": {"AutoTokenizer": [None, "own.Own"]},
+            "added_tokens_decoder": {"95": {**token, "content": "<s>", "special": True}, "97": token},
+            "extra_special_tokens": ["<x>"],
+            "chat_template": templates,
+            "split_special_tokens": False,
+        },
+        "special_tokens_map.json": {**named, "additional_special_tokens": ["</s>"]},
+        "added_tokens.json": {"<y>": 97, "<z>": 98},
+    }
+
+    def read() -> None:
+        tokenizer = Tokenizer.load(folder)
+        tokenizer.decode(tokenizer.encode('"#$<x>'), special=True)
+        if tokenizer.has_chat_template:
+            tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+
+    for name, value in values.items():
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+        (folder / name).write_text(json.dumps(value))
+        assert fuzz(folder / name, partial(spoil_text_or_json, value), read, inputs=150) < 130
+    count("mutated inputs", 450)
+
+
+def test_generation_config(tmp_path: Path, count: Count) -> None:
+    value = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+    value |= {"eos_token_id": [1, 2], "pad_token_id": 0, "max_length": 4096, "_from_model_config": True}
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(value))
+
+    def read() -> None:
+        config, _ = with_defaults({"seed": 1}, read_generation_defaults(tmp_path, 97, []))
+        assert all(0 <= token < 97 for token in _ids(config.eos_token_id) + _ids(config.pad_token_id))
+
+    assert 0 < fuzz(file, partial(spoil_text_or_json, value), read, inputs=400) < 350
+    count("mutated inputs", 400)
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def test_manifest(tmp_path: Path, count: Count) -> None:
