@@ -13,6 +13,7 @@ from convert.source import Source
 from qs_jax.checkpoint import part_of
 from qs_jax.config import ModelConfig, read_config_json
 from qs_jax.errors import CheckpointError
+from qs_jax.generation_defaults import read_generation_defaults
 from qs_jax.models import abstract_arrays, parse_config
 
 
@@ -32,6 +33,7 @@ class Parts:
         self.notes = source.notes
         self.corrections: dict[str, Any] = {}
         self.config = self._with_own_head(hf_config(source.folder, self.notes))
+        read_generation_defaults(source.folder, self.config.vocab_size, self.notes)
         self.shapes = {path: array.shape for path, array in abstract_arrays(self.config).items()}
         self.plan: Plan = plan(table_for(self.config.model_type), self.config, source.shapes, self.shapes)
 

@@ -8,10 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.weight_files import INDEX, SINGLE, Place, equal_tensors, no_weights, opened, refuse_link_out, weight_files
+from convert.weight_files import INDEX, SINGLE, Place, equal_tensors, no_weights, opened, weight_files
+from qs_jax.checkpoint import is_converted
 from qs_jax.config import read_config_json, refuse_quantised
 from qs_jax.errors import CheckpointError
-from qs_jax.files import read_json
+from qs_jax.files import read_json, refuse_link_out, refuse_what_is_no_file
 from qs_jax.tokenizer_files import TOKENIZER_FILES
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -21,6 +22,7 @@ _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_confi
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SMALL = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
+_OURS = ("policy.json", "lens.safetensors", "manifest.json")
 _SHARDS = "model-*-of-*.safetensors"
 _TIMEOUT_S = 10.0
 
@@ -38,6 +40,8 @@ class Source:
     def __init__(self, folder: Path):
         self.folder = folder
         self.notes: list[str] = []
+        if is_converted(folder):
+            raise CheckpointError(f"{folder}: is converted already; give the folder that it was made from")
         self.raw_config = read_config_json(folder)
         refuse_quantised(self.raw_config, str(folder / "config.json"))
         if found := next((name for name in _QUANTISED_FILES if (folder / name).is_file()), None):
@@ -116,14 +120,24 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is no such folder, and it is no hub id that can be fetched, or has no safetensors.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{path_or_id}: is a file, expected a model folder or a hub id")
+    try:
+        folder = Path(path_or_id).expanduser()
+        if folder.is_dir():
+            refuse_what_is_no_file(folder, (*_SMALL, *_OURS))
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"{path_or_id}: is a file, expected a model folder or a hub id")
+    except (OSError, RuntimeError):  # a name too long, a user that is not there
+        raise CheckpointError(f"{path_or_id}: no such folder") from None
     if not _HUB_ID.fullmatch(path_or_id) or path_or_id.startswith("."):
         raise CheckpointError(f"{path_or_id}: no such folder")
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return _fetch(path_or_id, revision)
@@ -133,6 +147,8 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"{path_or_id}: no such folder and no such model on the hub (or it is private)") from None
+    except HFValidationError:
+        raise CheckpointError(f"{path_or_id}: no such folder, and no id that a model on the hub can have") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{path_or_id}: no such folder, and the hub cannot be reached or refuses ({type(error).__name__})"

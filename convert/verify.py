@@ -71,7 +71,7 @@ def verify(
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length).astype(np.int32)
     positions, against, unsaid = np.arange(length), "transformers", {}
     if golden is not None:
-        tokens, positions, expected = _read_golden(golden, config.vocab_size)
+        tokens, positions, expected = _read_golden(golden, config.vocab_size, config.max_position_embeddings)
         against = golden.name
     elif importlib.util.find_spec("torch") is not None:
         expected = _transformers_logits(original, tokens, config.model_type, "float32" if quantised else dtype)
@@ -83,7 +83,8 @@ def verify(
     rough = "matryoshka" if quantised else dtype if golden is not None and dtype != "float32" else None
     spread = float(expected.std(axis=-1).mean())
     errors = np.abs(actual - expected).max(axis=-1)
-    error = float(np.median(errors) if rough else errors.max()) / spread
+    largest = float(np.median(errors) if rough else errors.max())
+    error = largest / spread if largest else 0.0
     tolerance = ROUGH_TOLERANCE[rough] if rough else TOLERANCE
     if not error <= tolerance:  # NaN is no small error
         raise CheckpointError(
@@ -135,13 +136,19 @@ def _transformers_logits(folder: Path, tokens: Tokens, model_type: str, dtype: s
         return reference.float().eval()(torch.tensor(tokens[None], dtype=torch.long)).logits[0].numpy()
 
 
-def _read_golden(path: Path, vocab_size: int) -> tuple[Tokens, Positions, Logits]:
+def _read_golden(path: Path, vocab_size: int, context: int) -> tuple[Tokens, Positions, Logits]:
     try:
         tensors = load_file(path)
         tokens, positions, logits = (tensors[name] for name in ("tokens", "positions", "logits"))
     except (OSError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path}: is no golden file with tokens, positions and logits ({error})") from None
-    if logits.shape != (len(positions), vocab_size) or positions.max() >= len(tokens) or tokens.max() >= vocab_size:
+    for name, array, below in (("tokens", tokens, vocab_size), ("positions", positions, len(tokens.ravel()))):
+        whole = np.issubdtype(array.dtype, np.integer) and array.ndim == 1 and array.size
+        if not whole or array.min() < 0 or array.max() >= below:
+            raise CheckpointError(f"{path}: {name} are no list of whole numbers from 0 to {below - 1}; make it again")
+    if len(tokens) > context:
+        raise CheckpointError(f"{path}: {len(tokens)} tokens are more than the model's context of {context}")
+    if logits.shape != (len(positions), vocab_size):
         raise CheckpointError(f"{path}: logits {logits.shape} do not fit a vocabulary of {vocab_size}")
     if not np.isfinite(logits).all():
         raise CheckpointError(f"{path}: logits hold NaN or infinity, which nothing can be compared with; make it again")

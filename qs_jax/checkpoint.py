@@ -35,6 +35,8 @@ FORMAT = 1
 _WEIGHTS = "weights"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _HASH_BLOCK = 1 << 20
+_LONGEST_NAME = 255
+"""Bytes that a file's name may have."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -46,7 +48,10 @@ def part_of(path: str) -> str:
 
 
 def is_converted(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    """Whether we made it; other programs leave a manifest beside safetensors, too."""
+    return (folder / MANIFEST).is_file() and (
+        (folder / _WEIGHTS).is_dir() or not any(folder.glob("model*.safetensors"))
+    )
 
 
 @contextmanager
@@ -58,9 +63,13 @@ def replacing(target: Path, *, overwrite: bool, marker: str = MANIFEST) -> Itera
     Raises:
         CheckpointError: the target exists and `overwrite` is false, or nothing can be written beside it.
     """
-    if target.exists() and not overwrite:
+    try:
+        there = target.exists()
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
+    if there and not overwrite:
         raise CheckpointError(f"{target}: exists already; give another folder or --overwrite")
-    if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
+    if there and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: holds no {marker}, so it is never overwritten; remove it yourself")
     # named before it exists, so that no interrupt comes between making it and being bound to remove it
     work, held = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}"), None
@@ -199,8 +208,8 @@ def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; convert again")
     for name, (size, digest) in files.items() if verify else ():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        file, parts = folder / name, Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or any(len(part.encode()) > _LONGEST_NAME for part in parts):
             raise CheckpointError(f"{path}: names a file outside the folder ({name!r}); convert the model again")
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing; convert the model again")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qs_jax import cli_study
-from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options
+from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options, load_model
 from qs_jax.console import aside, print_json, reporting_errors
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
@@ -93,10 +93,7 @@ def generate(
         prompts: list[Any] = [_stdin() if text == "-" else text for text in prompt]
         if chat:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
-        from qs_jax.loading import load
-
-        loaded = load(model, **common.loading)
-        _print_generation(loaded, prompts, settings, json=common.json)
+        _print_generation(load_model(model, common), prompts, settings, json=common.json)
 
 
 @app.command(
@@ -121,9 +118,8 @@ def bench(
     with reporting_errors(common.debug):
         GenerationConfig.of(policy=policy, bits=bits)
         from qs_jax.evaluation.benchmark import benchmark
-        from qs_jax.loading import load
 
-        loaded = load(model, **common.loading)
+        loaded = load_model(model, common)
         figures = benchmark(
             loaded, policy=policy, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens
         )
@@ -162,7 +158,11 @@ def unescape(text: str) -> str:
         code = match[1]
         return chr(int(code[1:], 16)) if code[0] == "u" else {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[code]
 
-    return re.sub(r"\\(n|t|r|\\|u[0-9a-fA-F]{4})", written, text)
+    plain = re.sub(r"\\(n|t|r|\\|u[0-9a-fA-F]{4})", written, text)
+    try:
+        return plain.encode("utf-16", "surrogatepass").decode("utf-16")  # two halves make one character
+    except UnicodeDecodeError:
+        raise GenerationError(f"--stop {text} holds half a character; write both halves, or the character") from None
 
 
 def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:
@@ -183,8 +183,6 @@ def _print_generation(loaded: Any, prompts: list[Any], settings: dict[str, Any],
         output = generate(loaded, prompts, **settings)
         print_json({**_whole(output), "notes": list(loaded.notes)})
     else:
-        for note in loaded.notes:
-            aside(f"note: {note}")
         if rows == 1:
             output = _print_stream(prompts[0], stream(loaded, prompts, **settings))
         else:

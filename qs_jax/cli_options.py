@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qs_jax.console import aside
+
 ModelArgument = Annotated[str, typer.Argument(help="Converted folder, Hugging Face folder, or hub id.")]
 PolicyOption = Annotated[str, typer.Option("--policy", help="Mechanisms: off, paper, balanced, or a policy file.")]
 Bits = Annotated[int | None, typer.Option(help="8, 4 or 2: precision of Matryoshka weights for every token.")]
@@ -36,6 +38,16 @@ class Common:
     loading: dict[str, Any]
     json: bool
     debug: bool
+
+
+def load_model(name: str, common: Common) -> Any:
+    """The model, as `qs_jax.load` returns it; what was supplied or chosen in its files is said on stderr."""
+    from qs_jax.loading import load
+
+    model = load(name, **common.loading)
+    for note in model.notes:
+        aside(f"note: {note}")
+    return model
 
 
 def common_options(*, loads: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:

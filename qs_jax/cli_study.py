@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from qs_jax.adaptive.policy import Halting, Policy
-from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options
+from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options, load_model
 from qs_jax.console import print_json, progress, reporting_errors
 from qs_jax.errors import EvaluationError
 
@@ -79,7 +79,7 @@ def evaluate(
         if calibration_text is not None and not ablate:
             raise EvaluationError("--calibration-text is for --ablate; qs-jax calibrate makes a policy to score")
         other = read_documents(calibration_text, calibration_documents) if calibration_text else None
-        loaded, windows = _load(model, text, documents, plan, **common.loading)
+        loaded, windows = _load(model, text, documents, plan, common)
         with progress("scoring", _MEASUREMENTS if ablate else passes(windows, plan)) as advance:
             result = study(
                 loaded,
@@ -104,14 +104,13 @@ def evaluate(
             )
 
 
-def _load(model: str, text: str, documents: str, plan: Any, **loading: Any) -> tuple[Any, Any]:
+def _load(model: str, text: str, documents: str, plan: Any, common: Common) -> tuple[Any, Any]:
     """The model and the windows; the text is read first, since it is the quicker to be wrong."""
     from qs_jax.evaluation.text import read_documents
     from qs_jax.evaluation.windows import cut
-    from qs_jax.loading import load
 
     found = read_documents(text, documents)
-    loaded = load(model, **loading)
+    loaded = load_model(model, common)
     return loaded, cut(loaded, found, plan)
 
 
@@ -166,7 +165,7 @@ def calibrate(
         goal = Goal(max_ppl_increase, confidence)
         Policy(decode_halting=Halting(cast(Any, signal)), kv_rule=cast(Any, kv_rule or "frozen"))
         plan = Plan(prefix, window, max_tokens, batch)
-        loaded, windows = _load(model, text, documents, plan, **common.loading)
+        loaded, windows = _load(model, text, documents, plan, common)
         with progress("calibrating", _MEASUREMENTS) as advance:
             found = calibrate_model(
                 loaded, windows, plan, [goal], signal=signal, kv_rule=kv_rule, target=target, advance=advance
@@ -232,10 +231,9 @@ def lens(
         from qs_jax.evaluation.lens import fit_lens
         from qs_jax.evaluation.text import read_documents
         from qs_jax.evaluation.windows import whole
-        from qs_jax.loading import load
 
         found = read_documents(text, documents)
-        loaded = load(model, **common.loading)
+        loaded = load_model(model, common)
         windows = whole(loaded, found, max_tokens)
         with progress("fitting", loaded.config.num_hidden_layers) as advance:
             fit = fit_lens(loaded, windows, rank=rank, advance=advance)

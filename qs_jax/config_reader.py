@@ -15,6 +15,7 @@ _ACTIVATION_ALIASES: dict[str, Activation] = {
     "gelu_accurate": "gelu_new",
     "gelu_fast": "gelu_new",
     "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_new",
     "swish": "silu",
 }
 """Other names that Hugging Face has for the same functions."""
@@ -174,12 +175,17 @@ class ConfigReader:
             return RopeConfig(theta)
         if rope_type == "linear":
             return RopeConfig(theta, "linear", reader.number("factor"))
+        low, high = reader.number("low_freq_factor"), reader.number("high_freq_factor")
+        if low >= high:
+            raise ConfigError(
+                f"{reader.source}: low_freq_factor is {low:g}, expected less than high_freq_factor, {high:g}"
+            )
         return RopeConfig(
             theta,
             "llama3",
             reader.number("factor"),
-            reader.number("low_freq_factor"),
-            reader.number("high_freq_factor"),
+            low,
+            high,
             reader.integer("original_max_position_embeddings"),
         )
 

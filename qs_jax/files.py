@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and small JSON files."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no JSON object; restore or remove it")
     return value
+
+
+def refuse_link_out(folder: Path, file: Path) -> None:
+    """A folder from elsewhere must not make us read what lies outside it; the hub's cache links to its own store.
+
+    Raises:
+        CheckpointError: the file is a link out of the folder.
+    """
+    store = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else folder
+    target = file.resolve()
+    if not any(target.is_relative_to(place.resolve()) for place in (folder, store)):
+        raise CheckpointError(f"{file}: is a link out of its folder; put the file itself there")
+
+
+def refuse_what_is_no_file(folder: Path, names: Iterable[str]) -> None:
+    """Of the files of a folder from elsewhere: none may be a link out of it, nor a pipe that is never written to.
+
+    Raises:
+        CheckpointError: it names the file.
+    """
+    for file in (folder / name for name in names):
+        if file.is_symlink():
+            refuse_link_out(folder, file)
+        if file.exists() and not file.is_file():
+            raise CheckpointError(f"{file}: is no file; put the file itself there")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -15,16 +15,37 @@ _IDS = ("eos_token_id", "pad_token_id")
 _TAKEN = ("do_sample", *_SAMPLING, "repetition_penalty", *_IDS)
 """Fields that are taken. Lengths are not: how much to generate is the call's to say."""
 
+_NOT_IMPLEMENTED = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("penalty_alpha", "top_h", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), None),
+    **dict.fromkeys(("sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "watermarking_config"), None),
+    **dict.fromkeys(("exponential_decay_length_penalty", "stop_strings", "token_healing"), None),
+}
+"""Fields that change what transformers generates and are not taken, with the values at which they change nothing."""
+
 
 def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) -> dict[str, Any]:
-    """The settings of `generation_config.json`, if there is one, by their names in `GenerationConfig`.
+    """The settings of `generation_config.json`, by their names in `GenerationConfig`; without that file those that
+    older folders have in `config.json`, as in transformers.
 
-    Ids that no token has are passed over with a note.
+    Ids that no token has are passed over, and settings that are not implemented are not used, each with a note.
 
     Raises:
         CheckpointError: the file is no JSON object.
     """
-    said = {name: value for name, value in read_json(folder / FILE).items() if name in _TAKEN and value is not None}
+    written = read_json(folder / FILE)
+    own = (folder / FILE).is_file()
+    if not own:
+        written = {name: value for name, value in read_json(folder / "config.json").items() if name not in _IDS}
+    for name in _NOT_IMPLEMENTED.keys() & written.keys():
+        if written[name] not in (None, False, _NOT_IMPLEMENTED[name], [], {}):
+            notes.append(f"{folder}: {name}={written[name]!r} is not implemented, and generation goes on without it")
+    said = {name: value for name, value in written.items() if name in _TAKEN and value is not None}
+    if own and not said.get("eos_token_id") and said.get("eos_token_id") != 0:
+        ends = read_json(folder / "config.json").get("eos_token_id")
+        if ends is not None:
+            notes.append(f"{folder / FILE}: names no eos_token_id; that of config.json, {ends}, ends a text")
     for name in set(_IDS) & set(said):
         values = said[name] if isinstance(said[name], list) else [said[name]]
         known = [token for token in values if not is_integer(token) or 0 <= token < vocab_size]
@@ -59,7 +80,7 @@ def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> t
     try:
         return GenerationConfig.of(**given, **asked), tuple(sorted(given))
     except GenerationError as error:
-        GenerationConfig.of(**{**asked, "do_sample": samples})  # what was asked for goes first
+        GenerationConfig.of(**{**asked, "do_sample": bool(samples)})  # what was asked for goes first
         raise GenerationError(
             f"{FILE} of the model: {error}; repair it, or ignore it (--no-generation-config, use_model_defaults=False)"
         ) from None

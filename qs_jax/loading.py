@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from convert.parts import Parts, hf_config, stored_as
 from convert.source import Source, locate
-from convert.weight_files import refuse_link_out
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
@@ -88,12 +87,11 @@ def load(
     config, arrays = read(folder, chosen, notes)
     network = network_from_arrays(config, arrays, dtype=chosen)
     if (folder / LENS_FILE).is_file():
-        refuse_link_out(folder, folder / LENS_FILE)
         network = with_lens(network, Lens.load(folder / LENS_FILE, config))
     defaults = read_generation_defaults(folder, config.vocab_size, notes)
-    tokenizer, problem = _tokenizer(folder)
+    tokenizer, problem = _tokenizer(folder, notes)
     _note_other_end(folder, tokenizer, config, defaults, notes)
-    return Model(config, network, tokenizer, chosen, str(path_or_id), problem, defaults, tuple(notes))
+    return Model(config, network, tokenizer, chosen, str(path_or_id), problem, defaults, tuple(dict.fromkeys(notes)))
 
 
 def _read_converted(
@@ -117,10 +115,10 @@ def _read_source(folder: Path, dtype: jnp.dtype, notes: list[str]) -> tuple[Mode
     return parts.config, arrays
 
 
-def _tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
+def _tokenizer(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer, or why there is none: a folder without one still generates from token ids."""
     try:
-        return Tokenizer.load(folder), ""
+        return Tokenizer.load(folder, notes), ""
     except (TokenizerError, CheckpointError) as error:
         return None, str(error)
 

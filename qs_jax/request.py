@@ -1,7 +1,7 @@
 """From what a user asks to what the engine runs: prompts tokenised, and all that cannot work refused."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: Generation
                 f"more than the model's context of {limit}; shorten the prompt or lower max_new_tokens"
             )
     eos = config.eos_token_id
-    eos_token_ids = model.config.eos_token_ids if eos is None else (eos,) if is_integer(eos) else tuple(eos)
+    eos_token_ids = model.config.eos_token_ids if eos is None else eos if isinstance(eos, Iterable) else (eos,)
     seeds = _seeds(config, len(ids))
     return Request(
         prompts=ids,

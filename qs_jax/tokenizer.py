@@ -27,13 +27,13 @@ class Tokenizer:
         self._chat_template = chat_template
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """Read the tokenizer of a model folder. Nothing in the folder is run.
+    def load(cls, folder: Path, notes: list[str] | None = None) -> "Tokenizer":
+        """Read the tokenizer of a model folder; nothing in it is run. `notes` takes what was decided in reading.
 
         Raises:
             TokenizerError: there are no tokenizer files, they cannot be read, or they contradict each other.
         """
-        files = read_tokenizer_files(folder)
+        files = read_tokenizer_files(folder, notes)
         return cls(files.backend, named=files.named, chat_template=files.chat_template)
 
     @property

@@ -56,7 +56,10 @@ def parse_config(raw: Mapping[str, Any], source: str, notes: list[str] | None = 
     if inner:
         raise ConfigError(f"{source}: model_type {model_type!r} and {inner} are two models; keep one of them")
     architecture = ARCHITECTURES[model_type]
-    return architecture.config_from_hf(ConfigReader(raw, source, supplied=architecture.supplied, notes=notes))
+    reader = ConfigReader(raw, source, supplied=architecture.supplied, notes=notes)
+    reader.refuse("is_causal", True)
+    reader.refuse("use_bidirectional_attention", False)
+    return architecture.config_from_hf(reader)
 
 
 _NESTED = ("text_config", "llm_config", "language_config", "decoder")

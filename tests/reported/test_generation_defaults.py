@@ -12,7 +12,7 @@ import qs_jax.cli
 from qs_jax.errors import GenerationError
 from qs_jax.loading import Model
 from tests.folders import write_folder
-from tests.reported.folders import llama
+from tests.reported.folders import NEW_TOKENS, PROMPT, llama
 
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 4096, "max_new_tokens": 3}
 """What chat models' folders say."""
@@ -90,14 +90,47 @@ def test_ends_of_text_are_the_files_unless_it_is_ignored(tmp_path: Path) -> None
     assert any("[64, 999, -1], which no token has" in note for note in chat.notes)
 
 
-@pytest.mark.parametrize("said", [{"temperature": 0.0}, {"top_p": 7}, {"top_k": "many"}, {"repetition_penalty": [1]}])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"temperature": 0.0},
+        {"top_p": 7},
+        {"top_k": "many"},
+        {"repetition_penalty": [1]},
+        {"do_sample": "true"},
+        {"eos_token_id": 9.0},
+        {"pad_token_id": "x"},
+    ],
+)
 def test_a_value_of_the_file_that_cannot_be_is_said_to_be_the_files(tmp_path: Path, said: dict[str, Any]) -> None:
-    chat = model(tmp_path / "hf", do_sample=True, **said)
+    chat = model(tmp_path / "hf", **{"do_sample": True, **said})
     with pytest.raises(GenerationError, match=r"generation_config\.json of the model: .*--no-generation-config"):
         qs_jax.generate(chat, "Hi", max_new_tokens=2)
     assert qs_jax.generate(chat, "Hi", max_new_tokens=2, use_model_defaults=False).lengths == [2]
     with pytest.raises(GenerationError, match=r"^min_p is 5"):
         qs_jax.generate(chat, "Hi", do_sample=True, min_p=5)
+
+
+def test_what_older_folders_say_in_config_json_counts_without_the_file(tmp_path: Path) -> None:
+    llama(repetition_penalty=1.5)(tmp_path / "old")
+    old = qs_jax.load(tmp_path / "old", compilation_cache=False)
+    assert qs_jax.generate(old, [PROMPT], max_new_tokens=NEW_TOKENS).settings["repetition_penalty"] == 1.5
+    newer = model(tmp_path / "old")
+    assert qs_jax.generate(newer, [PROMPT], max_new_tokens=NEW_TOKENS).settings["repetition_penalty"] == 1.0
+
+
+def test_what_is_not_implemented_is_said(tmp_path: Path) -> None:
+    """ggml-org/llama.cpp discussion 24024: settings of the file had no effect, and nobody was told."""
+    llama()(tmp_path / "hf")
+    quiet = model(tmp_path / "hf", eos_token_id=2, num_beams=1, no_repeat_ngram_size=0, suppress_tokens=None)
+    assert quiet.notes == ()
+    told = model(tmp_path / "hf", eos_token_id=2, num_beams=4, suppress_tokens=[64], _from_model_config=True)
+    assert [note.split(": ")[1].split(" is")[0] for note in sorted(told.notes)] == [
+        "num_beams=4",
+        "suppress_tokens=[64]",
+    ]
+    ends = model(tmp_path / "hf", do_sample=False)
+    assert any("names no eos_token_id; that of config.json, 2, ends a text" in note for note in ends.notes)
 
 
 def test_studies_never_use_it(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Folders that cannot be read rightly: one line that names both sides of a contradiction, or the format, and advice."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def _float8(folder: Path) -> None:
 
 _DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 _LINEAR = {"type": "linear", "factor": 2.0}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 CONTRADICTIONS: dict[str, tuple[Build, str]] = {
@@ -88,6 +90,8 @@ CONTRADICTIONS: dict[str, tuple[Build, str]] = {
         llama(rope_parameters={"full_attention": _DEFAULT}),
         "differs between layers",
     ),
+    "an attention that sees what follows": (llama(is_causal=False), "is_causal=False is not implemented"),
+    "frequencies the wrong way round": (llama(rope_scaling=_LLAMA3), "low_freq_factor is 4"),
     # nntile/nntile pull 370: general names of GPT-2's sizes beside its own
     "sizes under two names": (gpt2(hidden_size=64), "n_embd is 32 and hidden_size is 64"),
     "heads under two names": (gpt2(num_attention_heads=2), "n_head is 4 and num_attention_heads is 2"),
@@ -123,6 +127,50 @@ FORMATS: dict[str, tuple[Build, str]] = {
     # Lightricks/LTX-2 pull 172: eight-bit floats cast without their scales
     "eight-bit floats": (_float8, "is F8_E4M3"),
 }
+
+
+PIPES_AND_LINKS = ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "policy.json")
+
+
+@pytest.mark.parametrize("name", PIPES_AND_LINKS)
+def test_a_folder_cannot_make_us_read_what_lies_outside_it_or_wait(name: str, tmp_path: Path) -> None:
+    """A link out of the folder would be copied into the converted one; a pipe is never written to."""
+    (tmp_path / "secret").write_text("{}")
+
+    def linked(folder: Path) -> None:
+        llama()(folder)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "secret")
+
+    def piped(folder: Path) -> None:
+        llama()(folder)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    for build, message in ((linked, "is a link out of its folder"), (piped, "is no file")):
+        place = tmp_path / build.__name__
+        place.mkdir()
+        assert message in _refusal(build, place)
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/" + "x" * 5000, "~nobody_of_that_name/y", "a--b/..", "x" * 120 + "/y", "a/b--c"]
+)
+def test_names_that_cannot_be_are_one_line(name: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(convert.cli.app, [name, str(tmp_path / "out")], env={"HF_HUB_OFFLINE": "1"})
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "no such folder" in result.stderr
+    long = CliRunner().invoke(convert.cli.app, [str(tmp_path), str(tmp_path / ("y" * 300))])
+    assert (long.exit_code, long.stderr.count("\n")) == (2, 1)
+
+
+def test_what_is_converted_already_and_what_only_has_a_manifest(tmp_path: Path) -> None:
+    llama()(tmp_path / "hf")
+    (tmp_path / "hf" / "manifest.json").write_text('{"written": "by another program"}')
+    assert qs_jax.load(tmp_path / "hf", compilation_cache=False).config.model_type == "llama"
+    assert CliRunner().invoke(convert.cli.app, [str(tmp_path / "hf"), str(tmp_path / "out")]).exit_code == 0
+    result = CliRunner().invoke(convert.cli.app, [str(tmp_path / "out"), str(tmp_path / "again")])
+    assert (result.exit_code, "is converted already" in result.stderr) == (2, True)
 
 
 def _refusal(build: Build, folder: Path) -> str:

@@ -95,6 +95,9 @@ def test_escapes_of_a_stop_string(folder: Path) -> None:
     """ggml-org/llama.cpp pull 1311: a shell's backslash and n never matched a line break."""
     assert unescape(r"\n\t\r\\n\u00e9") == "\n\t\r\\n\u00e9"
     assert unescape(r"\end{x} \u12 \x41") == r"\end{x} \u12 \x41"
+    assert unescape(r"\ud83d\ude42") == "\U0001f642"
+    with pytest.raises(GenerationError, match="half a character"):
+        unescape(r"\ud83d")
     arguments = ["generate", str(folder), "--prompt", "a", "--stop", r"\nx", "--json"]
     result = CliRunner().invoke(qs_jax.cli.app, arguments)
     assert json.loads(result.stdout)["texts"] == ["bc\nx"]

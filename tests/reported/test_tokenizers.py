@@ -64,6 +64,10 @@ TEMPLATES: dict[str, tuple[Callable[[Path], Any], list[int]]] = {
     ),
     "in a file of its own": (_jinja, [256, 258, 71, 72, 257, 259]),
     # vllm-project/vllm pull 27515: a template that begins a text and a tokenizer that does so again
+    "an object of several": (
+        lambda folder: write_tokenizer(folder, chat_template={"default": TEMPLATE, "tool_use": "TOOLS"}),
+        [256, 258, 71, 72, 257, 259],
+    ),
     "without a beginning": (
         lambda folder: write_tokenizer(folder, chat_template=TEMPLATE.removeprefix("{{ bos_token }}")),
         [258, 71, 72, 257, 259],
@@ -113,6 +117,29 @@ def test_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
         Ours.load(tmp_path)
 
 
+def test_special_tokens_that_no_file_gives_an_id_come_in_transformers_order(tmp_path: Path) -> None:
+    """The named ones first, then the others as they are listed; ones that are there already stay what they are."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_tokens([AddedToken("plain", normalized=False)])
+    pad = {"content": "[PAD]", "lstrip": True, "rstrip": True}
+    write_tokenizer(tmp_path, tokenizer, additional_special_tokens=["NEW", "AAA", "plain"], pad_token=pad)
+    ours = Ours.load(tmp_path)
+    assert ours.encode(" [PAD] xNEWAAAplain") == [256, 261, 87, 262, 263, 260]
+    assert ours.decode([260, 261, 262]) == "plain"
+    write_tokenizer(tmp_path, extra_special_tokens=["ONE"], additional_special_tokens=["TWO"])
+    assert Ours.load(tmp_path).encode("ONETWO") == [256, 260, 51, 54, 46]
+
+
+def test_names_that_only_the_class_gives(tmp_path: Path) -> None:
+    """A template writes what transformers' class calls the beginning of text, where the folder does not name it."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": "{{ bos_token }}hi{{ eos_token }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Ours.load(tmp_path).encode_chat(CHAT) == [260, 71, 72, 261]
+
+
 def test_a_prompt_that_needs_a_token_the_model_lacks_is_refused(tmp_path: Path) -> None:
     """ggml-org/llama.cpp issue 8682: tokens beyond the embedding; only a prompt that has one cannot be run."""
     llama(vocab_size=96)(tmp_path)
@@ -149,6 +176,8 @@ def test_a_sentencepiece_vocabulary_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     tokenizer = Ours.load(tmp_path)
     assert tokenizer.encode(SENTENCE) == [1, *PIECES]
+    Ours.load(tmp_path, notes := [])
+    assert "nothing says add_bos_token" in notes[0]
     assert tokenizer.decode([1, *PIECES]) == SENTENCE
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_bos_token": False, "add_eos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -166,6 +195,9 @@ def test_a_byte_pair_vocabulary_alone(tmp_path: Path) -> None:
         Ours.load(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
     assert Ours.load(tmp_path).encode("the<|endoftext|>") == [257, 258]
+    options = {"add_bos_token": True, "add_prefix_space": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **options}))
+    assert Ours.load(tmp_path).encode("the") == [258, vocabulary["\u0120"], 257]
 
 
 def test_a_vocabulary_that_cannot_be_read_leaves_token_ids(tmp_path: Path) -> None:

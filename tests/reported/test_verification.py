@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import convert.cli
 from qs_jax.config import RopeConfig
 from qs_jax.config_reader import ConfigReader
-from tests.folders import write_folder
+from tests.folders import tensors_of, write_folder
 from tests.tiny import reference_logits, tiny_model
 
 TOKENS = np.random.RandomState(0).randint(0, 97, 50).astype(np.int32)
@@ -81,6 +81,38 @@ def test_a_number_that_is_none_passes_no_gate(source: tuple[Path, np.ndarray]) -
     assert (status, out) == (2, "")
     assert "logits hold NaN" in err
     assert not (folder / "out").exists()
+
+
+GOLDENS_THAT_CANNOT_BE: dict[str, dict[str, np.ndarray]] = {
+    "no tokens": {"tokens": np.zeros(0, np.int32)},
+    "tokens in two rows": {"tokens": TOKENS[None]},
+    "tokens that are none": {"tokens": TOKENS.astype(np.float32)},
+    "tokens below zero": {"tokens": TOKENS - 50},
+    "tokens beyond the context": {"tokens": np.tile(TOKENS, 11)},
+    "no positions": {"positions": np.zeros(0, np.int32)},
+    "one position": {"positions": np.asarray(3, np.int32)},
+    "positions below zero": {"positions": POSITIONS - 20},
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS_THAT_CANNOT_BE)
+def test_a_golden_file_that_cannot_be_is_one_line(name: str, source: tuple[Path, np.ndarray]) -> None:
+    folder, logits = source
+    golden = {"tokens": TOKENS, "positions": POSITIONS, "logits": logits, **GOLDENS_THAT_CANNOT_BE[name]}
+    save_file(golden, folder / "golden.safetensors")
+    against = ["--verify", "--golden", str(folder / "golden.safetensors")]
+    result = CliRunner().invoke(convert.cli.app, [str(folder / "hf"), str(folder / "out"), *against])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "golden.safetensors: " in result.stderr
+    assert not (folder / "out").exists()
+
+
+def test_logits_that_are_all_alike_can_be_verified(tmp_path: Path) -> None:
+    tensors = tensors_of("llama")
+    tensors["lm_head.weight"] = np.zeros_like(tensors["lm_head.weight"])
+    write_folder(tmp_path / "hf", "llama", tensors)
+    result = CliRunner().invoke(convert.cli.app, [str(tmp_path / "hf"), str(tmp_path / "out"), "--verify"])
+    assert result.exit_code == 0, result.stderr
 
 
 def test_another_models_logits_are_refused_before_anything_is_overwritten(source: tuple[Path, np.ndarray]) -> None:
