@@ -4,6 +4,7 @@ import _thread
 import io
 import json
 import math
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def _interrupts_insist() -> Iterator[None]:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             before(unraisable)
             return
-        again = threading.Timer(_AGAIN_S, _thread.interrupt_main)
+        again = threading.Timer(_AGAIN_S, _interrupt_main)
         again.daemon = True
         repeats.append(again)
         again.start()
@@ -70,6 +71,15 @@ def _interrupts_insist() -> Iterator[None]:
         sys.unraisablehook = before
         for again in repeats:
             again.cancel()
+
+
+def _interrupt_main() -> None:
+    """As a real signal where there are such, which also ends a system call that waits."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def one_line(error: BaseException | str) -> str:

@@ -64,9 +64,9 @@ def test_by_the_python_api(folder: Path) -> None:
     assert_nothing_ran(folder)
 
 
-@pytest.mark.parametrize("verify", [(), ("--verify",)])
+@pytest.mark.parametrize("verify", [(), pytest.param(("--verify",), marks=pytest.mark.parity)])
 def test_by_conversion(folder: Path, tmp_path: Path, verify: tuple[str, ...]) -> None:
-    """Also where torch is installed, and the original is run by transformers."""
+    """With torch the original is run by transformers."""
     result = CliRunner().invoke(convert.cli.app, [str(folder), str(tmp_path / "out"), "--json", *verify], input="y\n")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["missing"] == []

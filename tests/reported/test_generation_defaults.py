@@ -133,6 +133,7 @@ def test_what_is_not_implemented_is_said(tmp_path: Path) -> None:
     assert any("names no eos_token_id; that of config.json, 2, ends a text" in note for note in ends.notes)
 
 
+@pytest.mark.slow
 def test_studies_never_use_it(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a study of how models behave. " * 20)

@@ -97,6 +97,7 @@ def test_numbers_that_json_has_not_become_null(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("command", ["eval", "lens", "bench"])
+@pytest.mark.slow
 def test_studies_refuse_them_in_one_line(tmp_path: Path, command: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a study of how models behave. " * 300)

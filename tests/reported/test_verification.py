@@ -22,6 +22,12 @@ TOKENS = np.random.RandomState(0).randint(0, 97, 50).astype(np.int32)
 POSITIONS = np.asarray([10, 49], np.int32)
 
 
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+
+
 def verified(folder: Path, logits: np.ndarray, *options: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a conversion that is compared with these logits."""
     golden = {"tokens": TOKENS, "positions": POSITIONS, "logits": logits.astype(np.float32)}
@@ -107,7 +113,7 @@ def test_a_golden_file_that_cannot_be_is_one_line(name: str, source: tuple[Path,
     assert not (folder / "out").exists()
 
 
-def test_logits_that_are_all_alike_can_be_verified(tmp_path: Path) -> None:
+def test_logits_that_are_all_alike_can_be_verified(tmp_path: Path, without_torch: None) -> None:
     tensors = tensors_of("llama")
     tensors["lm_head.weight"] = np.zeros_like(tensors["lm_head.weight"])
     write_folder(tmp_path / "hf", "llama", tensors)
@@ -123,9 +129,7 @@ def test_another_models_logits_are_refused_before_anything_is_overwritten(source
     assert (folder / "out" / "manifest.json").read_bytes() == before
 
 
-def test_without_torch_it_says_what_was_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+def test_without_torch_it_says_what_was_not_compared(tmp_path: Path, without_torch: None) -> None:
     write_folder(tmp_path / "hf", "llama")
     result = CliRunner().invoke(convert.cli.app, [str(tmp_path / "hf"), str(tmp_path / "out"), "--verify"])
     assert result.exit_code == 0, result.stderr

@@ -86,6 +86,7 @@ def test_switching_keeps_the_structure() -> None:
     assert switched(subject, ("kv_skipping",)).kv_rule == "frozen"
 
 
+@pytest.mark.slow
 def test_random_halting_halts_as_many(folder: Path) -> None:
     model = load(folder / "model", compilation_cache=False)
     plan = Plan(128, 8, 64)

@@ -222,6 +222,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CUT = ("--prefix", 40, "--window", 8, "--batch", 8, "--max-tokens", 256)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_policy_that_eval_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after five measurements, it goes on where it was, and ends where an uninterrupted one ends."""
     made: list[str] = []

@@ -18,7 +18,7 @@ from qs_jax.checkpoint import MANIFEST
 from qs_jax.loading import load
 from qs_jax.models import arrays_by_path
 from tests.folders import Tensors, tensors_of, write_folder
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, reference_logits, tiny_model
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -198,7 +198,10 @@ def test_verification_finds_the_same_logits_and_notices_other_ones(tmp_path: Pat
     }
     save_file(golden, tmp_path / "golden.safetensors")
     run_verify = ("--verify", "--golden", tmp_path / "golden.safetensors", "--json")
+    assert_refused(source, tmp_path / "out", "logits differ from golden.safetensors by", *map(str, run_verify))
+    golden["logits"] = reference_logits(tiny_model("llama"), golden["tokens"].tolist())[golden["positions"]]
+    save_file(golden, tmp_path / "golden.safetensors")
     status, out, _ = run(source, tmp_path / "out", *run_verify)
     assert status == 0
-    assert json.loads(out)["max_abs_logit_error"] > 1.0
-    assert json.loads(out)["kl"] > 0.1
+    assert json.loads(out)["max_abs_logit_error"] < 1e-4
+    assert json.loads(out)["kl"] < 1e-6

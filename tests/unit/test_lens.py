@@ -85,6 +85,7 @@ def test_special_tokens_do_not_count() -> None:
     assert not np.allclose(fit_lens(model, WINDOWS).lens.biases, fit_lens(marked, WINDOWS).lens.biases, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_lens_that_adds_nothing_is_the_frozen_state() -> None:
     model = tiny_model("gpt2", LAYERS)
     nothing = Lens(np.ones((LAYERS - 1, 2, HIDDEN)), np.zeros((LAYERS - 1, HIDDEN, 2)), np.zeros((LAYERS - 1, HIDDEN)))
@@ -137,6 +138,7 @@ def test_a_file_that_is_no_lens_of_the_model_is_refused(
         load(folder, compilation_cache=False)
 
 
+@pytest.mark.slow
 def test_the_command_puts_it_where_load_and_convert_find_it(tmp_path: Path) -> None:
     folder, text = model_folder(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("".join(np.random.default_rng(0).choice(list(LETTERS), 4000)))

@@ -173,6 +173,7 @@ def test_fewer_bits_read_fewer_bytes(model: Model) -> None:
     assert Costs.of(model.network).layers[0].flops == plain.layers[0].flops
 
 
+@pytest.mark.slow
 def test_generation_at_every_precision(model: Model) -> None:
     for bits in BITS:
         output = qs_jax.generate(model, PROMPTS, bits=bits, max_new_tokens=12)
@@ -192,6 +193,7 @@ def test_rows_of_a_whole_model_at_their_own_precision(model: Model) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.slow
 def test_a_converted_folder_comes_back(tmp_path: Path, name: str) -> None:
     options = ("--quantize", "matryoshka", "--group-size", "16", "--pin", r"blocks\.1\.o")
     status, _, err = run(write_folder(tmp_path / "hf", name), tmp_path / "out", *options)
@@ -212,6 +214,7 @@ def test_a_converted_folder_comes_back(tmp_path: Path, name: str) -> None:
     assert qs_jax.generate(loaded, PROMPTS[:1], bits=4, max_new_tokens=4).lengths == [4]
 
 
+@pytest.mark.slow
 def test_embedding_and_head_may_be_kept_at_eight_bits(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", "gpt2")
     assert run(source, tmp_path / "out", "--quantize", "matryoshka", "--group-size", "16", "--exclude", "(?!)")[0] == 0

@@ -113,6 +113,7 @@ def test_bent_levels_straighten_back_and_the_nearest_is_the_nearest() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_companded_codebook_loses_less_at_few_bits() -> None:
     """Gaussian weights, all three precisions from one code: measured 0.17 and 0.24 dB better at 2 and 4 bits."""
     values, weights = grouped(normal(256, 256), 64), jnp.asarray([256.0, 16.0, 1.0])
@@ -163,6 +164,7 @@ def plain_gptq(
 
 
 @pytest.mark.parametrize("slice_", [1, 2])
+@pytest.mark.slow
 def test_with_all_weight_on_one_slice_it_is_plain_gptq(slice_: int) -> None:
     x, weights = correlated(400, 96), np.asarray(normal(7, 96), np.float64)
     hessian = x.T @ x / len(x)
@@ -221,6 +223,7 @@ def test_turns_of_codes_and_grid_never_raise_what_they_lower(bend: Bend, importa
     np.testing.assert_array_equal(grid.scales, storable(grid.scales, grid.scales * grid.offsets, bend).scales)
 
 
+@pytest.mark.slow
 def test_no_single_code_can_be_bettered_after_many_turns() -> None:
     x, weights, counts = correlated(200, 16), normal(3, 16), jnp.asarray([4.0, 1.0, 1.0])
     seen = jnp.asarray(np.stack([x.T @ x / len(x)] * 3), jnp.float32)
@@ -244,6 +247,7 @@ def test_hessians_are_those_of_the_inputs() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2"])
+@pytest.mark.slow
 def test_each_step_brings_the_blocks_output_nearer(name: str) -> None:
     block, x = tiny_model(name).network.blocks[0], hidden()
     streams, exact = Streams.start(x), run_all(tiny_model(name).network.blocks[0], x)
