@@ -165,7 +165,10 @@ class ConfigReader:
             ConfigError: another kind of rotary embedding than is implemented, or two that contradict each other.
         """
         chosen = self._rope_parameters()
-        reader = ConfigReader(chosen, f"{self.source}: rope_parameters", supplied=self.supplied, notes=self.notes)
+        both = self.raw.get("rope_scaling") and self.raw.get("rope_parameters")
+        name = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
+        source = f"{self.source}: {name}{', which counts before rope_parameters' * bool(both)}"
+        reader = ConfigReader(chosen, source, supplied=self.supplied, notes=self.notes)
         reader.refuse("partial_rotary_factor", 1)
         rope_type = reader.choice("rope_type", ("default", "linear", "llama3", "dynamic"))
         theta = reader.number("rope_theta")

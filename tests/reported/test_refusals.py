@@ -78,7 +78,10 @@ _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_f
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 CONTRADICTIONS: dict[str, tuple[Build, str]] = {
-    "yarn beside parameters": (llama(rope_parameters=_DEFAULT, rope_scaling=_YARN), "rope_type is 'yarn'"),
+    "yarn beside parameters": (
+        llama(rope_parameters=_DEFAULT, rope_scaling=_YARN),
+        "before rope_parameters: rope_type is 'yarn'",
+    ),
     # marin-community/marin pull 7156 writes both; transformers would go on with 10,000
     "a base in the one and not in the other": (
         llama(
