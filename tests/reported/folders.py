@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.folders import tensors_of
 from tests.tiny import CONFIGS
@@ -24,6 +25,16 @@ NEW_TOKENS = 12
 
 LLAMA = {**CONFIGS["llama"], "vocab_size": 96, "eos_token_id": 2, "bos_token_id": 1}
 GPT2 = {**CONFIGS["gpt2"], "vocab_size": 96, "eos_token_id": 2, "bos_token_id": 1}
+
+
+def bytes_tokenizer(*special: str) -> Tokenizer:
+    """One token per byte, in the order of the characters that stand for them; then the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
 
 
 def tensors(name: str, seed: int = 0) -> Tensors:

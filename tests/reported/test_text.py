@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import qs_jax
 import qs_jax.cli
 from qs_jax.cli import unescape
 from qs_jax.errors import GenerationError
-from tests.reported.folders import LLAMA, write
+from tests.reported.folders import LLAMA, bytes_tokenizer, write
 from tests.reported.test_code_is_never_run import RUN
 from tests.tiny import tiny_model
 
@@ -23,18 +22,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 320
 
 
-def bytes_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return tokenizer
-
-
 def write_chain(folder: Path, text: str) -> Path:
     """A model that writes the text round and round: each token's logits point to the next, no layer adds anything."""
-    tokenizer = bytes_tokenizer()
+    tokenizer = bytes_tokenizer(*SPECIAL)
     identity = np.eye(VOCABULARY, dtype=np.float32)
     head, chain = np.zeros_like(identity), tokenizer.encode(text).ids
     head[chain[1:] + chain[:1], chain] = 1.0

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 
 import qs_jax
 from qs_jax.errors import TokenizerError
 from qs_jax.tokenizer import Tokenizer as Ours
-from tests.reported.folders import llama
+from tests.reported.folders import bytes_tokenizer, llama
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|bot|>")
 TEMPLATE = (
@@ -24,13 +24,9 @@ TEMPLATE = (
 CHAT = [{"role": "user", "content": "hi"}]
 
 
-def bytes_tokenizer() -> Tokenizer:
-    """One token per byte, then the special tokens, of which the first is put before every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+def chat_tokenizer() -> Tokenizer:
+    """Bytes and the special tokens, of which the first is put before every text."""
+    tokenizer = bytes_tokenizer(*SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="<|begin|> $A", special_tokens=[("<|begin|>", 256)]
     )
@@ -39,7 +35,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer | None = None, **config: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (tokenizer or bytes_tokenizer()).save(str(folder / "tokenizer.json"))
+    (tokenizer or chat_tokenizer()).save(str(folder / "tokenizer.json"))
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**named, **config}))
     return folder
@@ -90,7 +86,7 @@ def test_a_template_that_refuses_a_role_says_why(tmp_path: Path) -> None:
 
 def test_truncation_and_padding_of_whoever_saved_it_are_not_ours(tmp_path: Path) -> None:
     """huggingface/tokenizers keeps the last call's truncation in tokenizer.json: long prompts were cut silently."""
-    tokenizer = bytes_tokenizer()
+    tokenizer = chat_tokenizer()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
     assert len(Ours.load(write_tokenizer(tmp_path, tokenizer)).encode("0123456789")) == 11
@@ -119,7 +115,7 @@ def test_tokens_that_only_the_configuration_names(tmp_path: Path) -> None:
 
 def test_special_tokens_that_no_file_gives_an_id_come_in_transformers_order(tmp_path: Path) -> None:
     """The named ones first, then the others as they are listed; ones that are there already stay what they are."""
-    tokenizer = bytes_tokenizer()
+    tokenizer = chat_tokenizer()
     tokenizer.add_tokens([AddedToken("plain", normalized=False)])
     pad = {"content": "[PAD]", "lstrip": True, "rstrip": True}
     write_tokenizer(tmp_path, tokenizer, additional_special_tokens=["NEW", "AAA", "plain"], pad_token=pad)
@@ -132,7 +128,7 @@ def test_special_tokens_that_no_file_gives_an_id_come_in_transformers_order(tmp_
 
 def test_names_that_only_the_class_gives(tmp_path: Path) -> None:
     """A template writes what transformers' class calls the beginning of text, where the folder does not name it."""
-    tokenizer = bytes_tokenizer()
+    tokenizer = chat_tokenizer()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     config = {"tokenizer_class": "LlamaTokenizer", "chat_template": "{{ bos_token }}hi{{ eos_token }}"}
