@@ -38,7 +38,7 @@ def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) ->
     own = (folder / FILE).is_file()
     if not own:
         written = {name: value for name, value in read_json(folder / "config.json").items() if name not in _IDS}
-    for name in _NOT_IMPLEMENTED.keys() & written.keys():
+    for name in sorted(_NOT_IMPLEMENTED.keys() & written.keys()):
         if written[name] not in (None, False, _NOT_IMPLEMENTED[name], [], {}):
             notes.append(f"{folder}: {name}={written[name]!r} is not implemented, and generation goes on without it")
     said = {name: value for name, value in written.items() if name in _TAKEN and value is not None}
@@ -46,7 +46,7 @@ def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) ->
         ends = read_json(folder / "config.json").get("eos_token_id")
         if ends is not None:
             notes.append(f"{folder / FILE}: names no eos_token_id; that of config.json, {ends}, ends a text")
-    for name in set(_IDS) & set(said):
+    for name in (name for name in _IDS if name in said):
         values = said[name] if isinstance(said[name], list) else [said[name]]
         known = [token for token in values if not is_integer(token) or 0 <= token < vocab_size]
         if len(known) < len(values):
