@@ -85,7 +85,7 @@ def main() -> None:
         work.mkdir()
         install(venv, versions)
         failed = run(venv, work, every)
-    print(f"{len(every) - failed} passed, {failed} failed")
+    print(f"\n{len(every) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
 
 
