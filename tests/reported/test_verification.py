@@ -56,7 +56,14 @@ def test_the_right_logits_pass(source: tuple[Path, np.ndarray]) -> None:
     assert "not_verified" not in printed
 
 
-@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--quantize", "matryoshka", "--group-size", "16")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--dtype", "bfloat16"),
+        pytest.param(("--quantize", "matryoshka", "--group-size", "16"), marks=pytest.mark.slow),
+    ],
+)
 def test_what_rounding_does_passes_and_a_wrong_logit_does_not(
     source: tuple[Path, np.ndarray], options: tuple[str, ...]
 ) -> None:
