@@ -51,6 +51,7 @@ def test_a_folder_generates_what_transformers_generates(name: str, tmp_path: Pat
     assert _generated(tmp_path / "hf") == EXPECTED[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_so_does_the_converted_folder(name: str, tmp_path: Path) -> None:
     FOLDERS[name](tmp_path / "hf")
