@@ -9,10 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from convert.weight_files import INDEX, SINGLE, Place, equal_tensors, no_weights, opened, weight_files
-from qs_jax.checkpoint import is_converted
+from qs_jax.checkpoint import MANIFEST, is_converted
 from qs_jax.config import read_config_json, refuse_quantised
 from qs_jax.errors import CheckpointError
 from qs_jax.files import read_json, refuse_link_out, refuse_what_is_no_file
+from qs_jax.lens import LENS_FILE
 from qs_jax.tokenizer_files import TOKENIZER_FILES
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -22,7 +23,7 @@ _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_confi
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SMALL = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)
-_OURS = ("policy.json", "lens.safetensors", "manifest.json")
+_OURS = ("policy.json", LENS_FILE, MANIFEST)
 _SHARDS = "model-*-of-*.safetensors"
 _TIMEOUT_S = 10.0
 

@@ -11,14 +11,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qs_jax.errors import CheckpointError
+from qs_jax.files import LONGEST_NAME
+from qs_jax.lens import LENS_FILE
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = "only pickled weights, which are never loaded"
 
-_OURS = ("lens.safetensors",)
-_LONGEST_NAME = 255
-"""Bytes that a file's name may have."""
 _ROWS = 4096
 """Rows of two tensors that are compared at once."""
 
@@ -46,7 +45,7 @@ def weight_files(folder: Path, notes: list[str]) -> dict[str, Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index}: holds no weight_map; restore the file") from None
     for file in sorted(set(files.values())):
-        if Path(file).name != file or not file.endswith(".safetensors") or len(file.encode()) > _LONGEST_NAME:
+        if Path(file).name != file or not file.endswith(".safetensors") or len(file.encode()) > LONGEST_NAME:
             raise CheckpointError(f"{index}: shard {file!r} lies outside the folder or is no safetensors file")
         if not (folder / file).is_file():
             only_pickled = not any((folder / other).is_file() for other in files.values())
@@ -73,7 +72,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _note_unread(folder: Path, read: set[str], notes: list[str]) -> None:
-    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in {*read, *_OURS})
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in {*read, LENS_FILE})
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         notes.append(f"{folder}: {', '.join(others[:3])}{more} beside the weights: not read")

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from qs_jax.errors import CheckpointError
+from qs_jax.files import LONGEST_NAME
 
 try:
     import fcntl
@@ -35,8 +36,6 @@ FORMAT = 1
 _WEIGHTS = "weights"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _HASH_BLOCK = 1 << 20
-_LONGEST_NAME = 255
-"""Bytes that a file's name may have."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -209,7 +208,7 @@ def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
         raise CheckpointError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; convert again")
     for name, (size, digest) in files.items() if verify else ():
         file, parts = folder / name, Path(name).parts
-        if Path(name).is_absolute() or ".." in parts or any(len(part.encode()) > _LONGEST_NAME for part in parts):
+        if Path(name).is_absolute() or ".." in parts or any(len(part.encode()) > LONGEST_NAME for part in parts):
             raise CheckpointError(f"{path}: names a file outside the folder ({name!r}); convert the model again")
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing; convert the model again")

@@ -8,6 +8,9 @@ from typing import Any
 
 from qs_jax.errors import CheckpointError
 
+LONGEST_NAME = 255
+"""Bytes that a file's name may have."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON file, or an empty object where it is absent.
