@@ -35,10 +35,10 @@ from benchmarks.harness import RESULTS, environment, write_result
 from benchmarks.quality import studies
 from benchmarks.quantization_report import write_report
 from convert.calibrated import Calibration
+from qs_jax.choices import BITS
 from qs_jax.console import reporting_errors
 from qs_jax.evaluation.text import read_documents
 from qs_jax.loading import Model, load
-from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.fit import Fit, Streams, fit_block
 from qs_jax.matryoshka.grid import COMPANDED, EVEN, Bend, Grid, between_extremes, refit
 from qs_jax.matryoshka.kernel import NestedKernel

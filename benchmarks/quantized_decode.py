@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.harness import RESULTS, environment, write_result
 from benchmarks.shapes import SHAPES, nested_model, random_model
 from benchmarks.speed import OURS, compared, our_generate, same_prompts, seconds_per_step
+from qs_jax.choices import BITS
 from qs_jax.console import reporting_errors
-from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.grid import COMPANDED
 from qs_jax.matryoshka.linear import is_nested, plane_bytes, weights
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qs_jax.choices import BITS
 from qs_jax.loading import Model, load
-from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.grid import EVEN, Bend
 from qs_jax.matryoshka.rounding import round_to_nearest
 from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network

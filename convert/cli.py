@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qs_jax.choices import DTYPES
 from qs_jax.console import aside, print_json, progress, reporting_errors
 from qs_jax.errors import ConfigError
 
@@ -64,8 +65,8 @@ def convert(
     """Convert Hugging Face weights (GPT-2, Llama, Mistral, Qwen2), part by part, into a folder that qs-jax loads."""
     with reporting_errors(debug):
         from convert.parts import Parts
-        from convert.pipeline import DTYPES, inspect
         from convert.pipeline import convert as run
+        from convert.pipeline import inspect
         from convert.source import Source, locate
 
         if dtype is not None and dtype not in DTYPES:

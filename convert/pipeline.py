@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from convert.parts import Parts, stored_as
@@ -16,8 +15,6 @@ from convert.quantize import Quantizer
 from qs_jax.checkpoint import replacing, write_manifest, write_part
 from qs_jax.lens import LENS_FILE
 from qs_jax.tokenizer_files import TOKENIZER_FILES
-
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 _COPIED = ("generation_config.json", LENS_FILE, *TOKENIZER_FILES)
 _CALIBRATED = "policy.json"
@@ -90,7 +87,7 @@ def convert(
     parts.plan.raise_if_incomplete(str(parts.source.folder))
     with replacing(target, overwrite=overwrite) as work:
         for part, arrays in parts:
-            stored = {path: stored_as(array, DTYPES[dtype], path) for path, array in arrays.items()}
+            stored = {path: stored_as(array, np.dtype(dtype), path) for path, array in arrays.items()}
             if quantizer:
                 dense, quantised = quantizer(part, arrays)
                 stored = {path: stored[path] for path in dense} | quantised

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qs_jax.choices import BITS
 from qs_jax.errors import ConfigError
-from qs_jax.matryoshka.codec import BITS, BLOCK
+from qs_jax.matryoshka.codec import BLOCK
 from qs_jax.matryoshka.fit import METHODS
 from qs_jax.matryoshka.grid import CODEBOOKS
 from qs_jax.matryoshka.kernel import NestedKernel

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from qs_jax.adaptive.precision import FULL
+from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.session import Request, Session
 from qs_jax.engine.stopping import Detokenizer, StopStrings

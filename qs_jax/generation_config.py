@@ -1,16 +1,13 @@
 """How to generate: Hugging Face's names, checked once. Imports nothing heavy, so the command line can show defaults."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qs_jax.adaptive.policy import Policy
+from qs_jax.choices import BITS, is_number, is_whole
 from qs_jax.errors import GenerationError
-
-PRECISIONS = (8, 4, 2)
-"""Bits at which Matryoshka weights can be read."""
 
 _LEAST, _MOST = 1e-10, 1e10
 """Logits divided by such a temperature and such a penalty are still float32 numbers."""
@@ -72,23 +69,23 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", Policy.of(self.policy))
-        self._require("bits", self.bits in (None, *PRECISIONS), "one of " + ", ".join(map(str, PRECISIONS)))
-        self._require("max_new_tokens", is_integer(self.max_new_tokens, 1), "a whole number from 1")
-        self._require("num_return_sequences", is_integer(self.num_return_sequences, 1), "a whole number from 1")
-        self._require("top_k", is_integer(self.top_k, 0), "a whole number from 0 (0 for no limit)")
+        self._require("bits", self.bits in (None, *BITS), "one of " + ", ".join(map(str, BITS)))
+        self._require("max_new_tokens", is_whole(self.max_new_tokens, 1), "a whole number from 1")
+        self._require("num_return_sequences", is_whole(self.num_return_sequences, 1), "a whole number from 1")
+        self._require("top_k", is_whole(self.top_k, 0), "a whole number from 0 (0 for no limit)")
         self._require(
             "temperature",
-            _is_number(self.temperature) and _LEAST <= self.temperature <= _MOST,
+            is_number(self.temperature, _LEAST, _MOST),
             f"a number from {_LEAST:g} to {_MOST:g} (for greedy decoding set do_sample=False)",
         )
-        self._require("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1")
+        self._require("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1")
+        self._require("min_p", is_number(self.min_p, 0, 1), "from 0 to 1")
         penalty = self.repetition_penalty
-        between = _is_number(penalty) and _LEAST <= penalty <= _MOST
+        between = is_number(penalty, _LEAST, _MOST)
         self._require("repetition_penalty", between, f"a number from {_LEAST:g} to {_MOST:g}")
         self._require("eos_token_id", _are_ids(self.eos_token_id), "a token id or a list of them")
         pad = self.pad_token_id
-        self._require("pad_token_id", pad is None or is_integer(pad, 0), "a token id")
+        self._require("pad_token_id", pad is None or is_whole(pad, 0), "a token id")
         self._require("use_model_defaults", isinstance(self.use_model_defaults, bool), "true or false")
         self._require("do_sample", isinstance(self.do_sample, bool), "true or false")
         self._require("stop_strings", all(isinstance(s, str) and s for s in self.stop_strings), "non-empty strings")
@@ -103,16 +100,6 @@ class GenerationConfig:
             raise GenerationError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
 
-def is_integer(value: Any, minimum: int | None = None) -> bool:
-    """Whole numbers of Python and numpy; booleans are not numbers here."""
-    whole = hasattr(value, "__index__") and not isinstance(value, bool)
-    return whole and (minimum is None or value >= minimum)
-
-
 def _are_ids(value: Any) -> bool:
     several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-    return value is None or is_integer(value) or (several and all(is_integer(token) for token in value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value is None or is_whole(value) or (several and all(is_whole(token) for token in value))

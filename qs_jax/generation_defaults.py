@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qs_jax.choices import is_whole
 from qs_jax.errors import GenerationError
 from qs_jax.files import read_json
-from qs_jax.generation_config import GenerationConfig, is_integer
+from qs_jax.generation_config import GenerationConfig
 
 FILE = "generation_config.json"
 
@@ -48,7 +49,7 @@ def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) ->
             notes.append(f"{folder / FILE}: names no eos_token_id; that of config.json, {ends}, ends a text")
     for name in (name for name in _IDS if name in said):
         values = said[name] if isinstance(said[name], list) else [said[name]]
-        known = [token for token in values if not is_integer(token) or 0 <= token < vocab_size]
+        known = [token for token in values if not is_whole(token) or 0 <= token < vocab_size]
         if len(known) < len(values):
             notes.append(f"{folder / FILE}: {name} is {said[name]!r}, which no token has; passed over")
             said[name] = known

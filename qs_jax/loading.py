@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from convert.parts import Parts, hf_config, stored_as
 from convert.source import Source, locate
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
+from qs_jax.choices import DTYPES
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
 from qs_jax.generation_defaults import read_generation_defaults
@@ -21,8 +22,6 @@ from qs_jax.matryoshka.stored import collect, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM
 from qs_jax.tokenizer import Tokenizer
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 _CACHE_SWITCH = "QS_JAX_COMPILATION_CACHE"
 

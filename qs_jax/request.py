@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from qs_jax.adaptive.binding import BoundPolicy, bind
 from qs_jax.adaptive.policy import Policy
+from qs_jax.choices import is_whole
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
 from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
-from qs_jax.generation_config import GenerationConfig, is_integer
+from qs_jax.generation_config import GenerationConfig
 from qs_jax.loading import Model
 from qs_jax.matryoshka.linear import has_planes
 from qs_jax.tokenizer import Message
@@ -85,7 +86,7 @@ def _as_batch(prompts: Any) -> list[Any]:
     batch = list(prompts)
     if not batch:
         raise GenerationError("there is no prompt; give at least one")
-    return [batch] if is_integer(batch[0]) or isinstance(batch[0], Mapping) else batch
+    return [batch] if is_whole(batch[0]) or isinstance(batch[0], Mapping) else batch
 
 
 def _encode(model: Model, prompt: Any) -> list[int]:
@@ -110,7 +111,7 @@ def _encode(model: Model, prompt: Any) -> list[int]:
 
 def _checked(ids: Sequence[Any], vocab_size: int, what: str) -> tuple[int, ...]:
     for token in ids:
-        if not is_integer(token, 0) or token >= vocab_size:
+        if not is_whole(token, 0) or token >= vocab_size:
             raise GenerationError(f"{what} is {token!r}, expected a whole number from 0 to {vocab_size - 1}")
     return tuple(int(token) for token in ids)
 
@@ -118,6 +119,6 @@ def _checked(ids: Sequence[Any], vocab_size: int, what: str) -> tuple[int, ...]:
 def _seeds(config: GenerationConfig, prompts: int) -> list[int]:
     seed = secrets.randbits(31) if config.seed is None else config.seed
     seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
-    if len(seeds) != prompts or not all(is_integer(s, 0) and s < 2**31 for s in seeds):
+    if len(seeds) != prompts or not all(is_whole(s, 0) and s < 2**31 for s in seeds):
         raise GenerationError(f"seed is {config.seed!r}, expected one number from 0 to {2**31 - 1}, or one per prompt")
     return seeds

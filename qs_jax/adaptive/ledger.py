@@ -18,8 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.binding import Structure
-from qs_jax.adaptive.policy import BITS
-from qs_jax.adaptive.precision import FULL
+from qs_jax.choices import BITS, FULL
 from qs_jax.matryoshka.linear import has_planes, plane_bytes, weights
 from qs_jax.models.base import Block, CausalLM
 

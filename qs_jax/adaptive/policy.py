@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from qs_jax.choices import BITS, is_number, is_whole
 from qs_jax.errors import PolicyError
 from qs_jax.files import write_whole
 
@@ -27,7 +28,6 @@ BitsSignal = Literal["previous_entropy", "entropy", "random"]
 Thresholds1D = float | tuple[float, ...]
 
 FORMAT = 1
-BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Halting:
         _thresholds("halting.thresholds", self.thresholds)
         _layers("halting", self.layers, self.start, self.step)
         _require(
-            self.entropy_below is None or _is_number(self.entropy_below),
+            self.entropy_below is None or is_number(self.entropy_below, 0),
             "halting.entropy_below",
             self.entropy_below,
             "a number of bits from 0, or null",
@@ -124,9 +124,11 @@ class Precision:
         _one_of("precision.signal", self.signal, get_args(BitsSignal))
         _thresholds("precision.two_below", self.two_below)
         _thresholds("precision.four_below", self.four_below)
-        _require(self.layer is None or _is_whole(self.layer), "precision.layer", self.layer, "a layer number, or null")
         _require(
-            isinstance(self.pinned, tuple) and all(_is_whole(n, None) for n in self.pinned),
+            self.layer is None or is_whole(self.layer, 0), "precision.layer", self.layer, "a layer number, or null"
+        )
+        _require(
+            isinstance(self.pinned, tuple) and all(map(is_whole, self.pinned)),
             "precision.pinned",
             self.pinned,
             "a list of layer numbers",
@@ -144,7 +146,7 @@ class Probe:
     shortlist: int = 0
 
     def __post_init__(self) -> None:
-        _require(_is_whole(self.shortlist), "probe.shortlist", self.shortlist, "a whole number from 0")
+        _require(is_whole(self.shortlist, 0), "probe.shortlist", self.shortlist, "a whole number from 0")
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,8 @@ class Policy:
         _require(isinstance(self.name, str), "name", self.name, "text")
         _one_of("kv_rule", self.kv_rule, get_args(KvRule))
         _one_of("shallow_bits", self.shallow_bits, BITS)
-        _require(_is_whole(self.protect_first), "protect_first", self.protect_first, "a whole number from 0")
-        _require(_is_whole(self.protect_last, 1), "protect_last", self.protect_last, "a whole number from 1")
+        _require(is_whole(self.protect_first, 0), "protect_first", self.protect_first, "a whole number from 0")
+        _require(is_whole(self.protect_last, 1), "protect_last", self.protect_last, "a whole number from 1")
         _require(isinstance(self.protect_special, bool), "protect_special", self.protect_special, "true or false")
         if self.prompt_halting and "previous_entropy" in self.prompt_halting.sources:
             raise PolicyError(
@@ -348,6 +350,8 @@ def _finite(value: Any) -> Any:
         return {name: _finite(inner) for name, inner in value.items()}
     if isinstance(value, tuple):
         return [_finite(inner) for inner in value]
+    if is_whole(value):
+        return int(value)
     return "inf" if value == math.inf else value
 
 
@@ -366,25 +370,16 @@ def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     _require(not isinstance(value, bool) and value in choices, name, value, "one of " + ", ".join(map(str, choices)))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-
-
-def _is_whole(value: Any, least: int | None = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
-
-
 def _thresholds(name: str, value: Any) -> None:
     values = value if isinstance(value, tuple) else (value,)
-    _require(
-        bool(values) and all(map(_is_number, values)), name, value, "a number from 0, or a list of them, one per layer"
-    )
+    holds = bool(values) and all(is_number(threshold, 0) for threshold in values)
+    _require(holds, name, value, "a number from 0, or a list of them, one per layer")
 
 
 def _layers(name: str, layers: Any, start: Any, step: Any) -> None:
     rising = layers is None or (
-        isinstance(layers, tuple) and all(_is_whole(n, 1) for n in layers) and list(layers) == sorted(set(layers))
+        isinstance(layers, tuple) and all(is_whole(n, 1) for n in layers) and list(layers) == sorted(set(layers))
     )
     _require(rising and layers != (), f"{name}.layers", layers, "rising layer numbers from 1, or null")
-    _require(_is_number(start) and start <= 1, f"{name}.start", start, "a fraction from 0 to 1")
-    _require(_is_whole(step, 1), f"{name}.step", step, "a whole number from 1")
+    _require(is_number(start, 0, 1), f"{name}.start", start, "a fraction from 0 to 1")
+    _require(is_whole(step, 1), f"{name}.step", step, "a whole number from 1")

@@ -3,9 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.adaptive.policy import BITS
-
-FULL = 8
+from qs_jax.choices import BITS, FULL
 
 
 def choose_bits(

@@ -17,8 +17,9 @@ from qs_jax.adaptive import signals
 from qs_jax.adaptive.binding import Structure, Thresholds
 from qs_jax.adaptive.halting import halts
 from qs_jax.adaptive.ledger import Work
-from qs_jax.adaptive.precision import FULL, choose_bits, precisions_in_use
+from qs_jax.adaptive.precision import choose_bits, precisions_in_use
 from qs_jax.cache import Cache, LayerCache, segment
+from qs_jax.choices import FULL
 from qs_jax.matryoshka.linear import at_bits
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden
 

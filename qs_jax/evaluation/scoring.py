@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.binding import BoundPolicy, dense
 from qs_jax.adaptive.ledger import Costs, Ledger
-from qs_jax.adaptive.precision import FULL
+from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.prefill import PromptTrace
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings

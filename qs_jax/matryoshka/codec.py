@@ -16,9 +16,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8, UInt16, UInt32
 
-BITS = (8, 4, 2)
-"""The precisions at which codes can be read, finest first."""
-
 BLOCK = 8
 """Inputs that share a word of a 2-bit plane; groups are multiples of it."""
 

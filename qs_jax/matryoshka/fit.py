@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qs_jax.choices import BITS
 from qs_jax.matryoshka.calibration import hessians, kernels_of, run_all, with_kernels
-from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.gptq import compensated_codes
 from qs_jax.matryoshka.grid import EVEN, Bend, Grid, SliceWeights, between_extremes, refit
 from qs_jax.matryoshka.kernel import NestedKernel

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from qs_jax.matryoshka.codec import BITS
+from qs_jax.choices import BITS
 from qs_jax.matryoshka.grid import Grid, best_codes, read
 
 Hessians = Float[Array, "slices inputs inputs"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
-from qs_jax.matryoshka.codec import BITS
+from qs_jax.choices import BITS
 from qs_jax.matryoshka.kernel import SCALE_DTYPE, bent, straightened
 
 SliceWeights = tuple[float, float, float]

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt8, UInt16
 
-from qs_jax.matryoshka.codec import BITS, BLOCK, Planes, pack, unpack
+from qs_jax.choices import BITS
+from qs_jax.matryoshka.codec import BLOCK, Planes, pack, unpack
 
 SCALE_DTYPE = jnp.bfloat16
 

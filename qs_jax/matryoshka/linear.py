@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qs_jax.matryoshka.codec import BITS
+from qs_jax.choices import BITS
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.matryoshka.streaming import FEW_ROWS, SOME_ROWS, multiply_groups, multiply_streams
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from qs_jax.matryoshka.codec import BITS
+from qs_jax.choices import BITS
 from qs_jax.matryoshka.gptq import DAMPING, Hessians
 from qs_jax.matryoshka.grid import Grid, Grouped, across, best_codes, levels_of, read, storable
 

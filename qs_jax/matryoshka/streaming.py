@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qs_jax.matryoshka.codec import BITS, BLOCK, Planes, packed_codes, unpack
+from qs_jax.choices import BITS
+from qs_jax.matryoshka.codec import BLOCK, Planes, packed_codes, unpack
 from qs_jax.matryoshka.kernel import NestedKernel, bent, dequantised, levels, offset_in_steps
 
 Rows = Float[Array, "rows inputs"]

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
 
+from qs_jax.choices import BITS
 from qs_jax.matryoshka.calibration import batches, run, with_kernels
-from qs_jax.matryoshka.codec import BITS
 from qs_jax.matryoshka.grid import Grid, across, read, storable
 from qs_jax.models.base import Block, Hidden
 

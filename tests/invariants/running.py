@@ -13,8 +13,9 @@ import numpy as np
 
 from qs_jax.adaptive import signals
 from qs_jax.adaptive.binding import bind
-from qs_jax.adaptive.policy import BITS, Policy
+from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate
+from qs_jax.choices import BITS
 from qs_jax.engine import session as sessions
 from qs_jax.engine.decode import Controls, DecodeState, Program
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings

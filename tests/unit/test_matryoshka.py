@@ -12,9 +12,10 @@ import pytest
 import qs_jax
 from qs_jax.adaptive.ledger import Costs
 from qs_jax.checkpoint import MANIFEST
+from qs_jax.choices import BITS
 from qs_jax.errors import GenerationError
 from qs_jax.loading import Model, load
-from qs_jax.matryoshka.codec import BITS, pack, slice_of, unpack
+from qs_jax.matryoshka.codec import pack, slice_of, unpack
 from qs_jax.matryoshka.kernel import NestedKernel, nested_kernel
 from qs_jax.matryoshka.linear import at_bits, has_planes, is_nested, nested_product, plane_bytes, weights
 from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest

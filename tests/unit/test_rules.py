@@ -14,6 +14,7 @@ from qs_jax.adaptive.fusion import fuse, pairs
 from qs_jax.adaptive.halting import halts, is_special
 from qs_jax.adaptive.policy import PositionRule
 from qs_jax.adaptive.precision import choose_bits, precisions_in_use
+from qs_jax.choices import BITS
 from tests.tiny import tiny_model
 
 BEFORE = jnp.asarray([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0]])
@@ -129,4 +130,4 @@ def test_bits_follow_two_thresholds() -> None:
     assert bits.tolist() == [2, 4, 4, 8]
     assert (choose_bits(jnp.zeros(2), jnp.float32(0), jnp.float32(0)) == 8).all()
     active = jnp.asarray([True, False, True, False])
-    assert precisions_in_use(bits, active).tolist() == [True, True, False]
+    assert dict(zip(BITS, precisions_in_use(bits, active).tolist(), strict=True)) == {8: False, 4: True, 2: True}

@@ -1,0 +1,24 @@
+"""What people choose among, and what counts as a number. Imports nothing heavy: the command line shows these."""
+
+import math
+from typing import Any
+
+BITS = (8, 4, 2)
+"""The precisions at which Matryoshka codes can be read, finest first."""
+
+FULL = BITS[0]
+"""The precision that reads all of a code."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The types that weights may have."""
+
+
+def is_whole(value: Any, least: int | None = None) -> bool:
+    """Whole numbers of Python and numpy; booleans are not numbers here."""
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    return whole and (least is None or value >= least)
+
+
+def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Numbers between two bounds, infinities among them only where a bound is infinite; not NaN, no booleans."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
