@@ -7,7 +7,7 @@
 Chains the products of a GPT-2-124M's feed-forward halves (weights far larger than the caches, each product waiting
 for the one before) for several row counts. Layouts, in float32: kernels stored (in, out) as `x @ W`; stored (out, in)
 as one product; and stored (out, in) with outputs in one block per core, which is what
-`qs_jax.models.layers.project` does on CPU. Dtypes, stored (out, in): what `project` does in float32 and bfloat16, a
+`qs_jax.kernels.DenseKernel` does on CPU. Dtypes, stored (out, in): what `DenseKernel` does in float32 and bfloat16, a
 plain product of bfloat16 that asks for no wider sum, and int8 times int8, which would need activations of 8 bits.
 
 Predictions, before the first run: (out, in) loses at batch 1, as measured with an earlier jax; it does not. Products of
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import interleaved, write_result
-from qs_jax.models.layers import project
+from qs_jax.kernels import DenseKernel
 
 HIDDEN, INNER, LAYERS = 768, 3072, 12
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -50,15 +50,19 @@ def integers(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32).astype(jnp.int8)
 
 
+def on_cores(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return DenseKernel(kernel).matmul(x).astype(x.dtype)
+
+
 STUDIES = {
     "layouts": {
         "in_out": Candidate(in_out, "in_out"),
         "out_in": Candidate(out_in),
-        "out_in_per_core": Candidate(project),
+        "out_in_per_core": Candidate(on_cores),
     },
     "dtypes": {
-        "float32": Candidate(project),
-        "bfloat16": Candidate(project, dtype="bfloat16"),
+        "float32": Candidate(on_cores),
+        "bfloat16": Candidate(on_cores, dtype="bfloat16"),
         "bfloat16_plain": Candidate(out_in, dtype="bfloat16"),
         "int8": Candidate(integers, dtype="int8"),
     },

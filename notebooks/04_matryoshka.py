@@ -96,7 +96,7 @@ for bits in BITS:
     print(f"{bits} bits ", *(f"{weight:+.4f}" for weight in np.asarray(kernel.dequantise(bits))[0, :8]))
 
 # %%
-from qs_jax.matryoshka.linear import plane_bytes
+from qs_jax.kernels import plane_bytes
 
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(dense.network))
 print("bytes that a pass over the whole model reads, embedding and head included")

@@ -16,8 +16,8 @@ from qs_jax.engine.stopping import Detokenizer, StopStrings
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.generation_defaults import with_defaults
+from qs_jax.kernels import at_bits, has_planes
 from qs_jax.loading import Model
-from qs_jax.matryoshka.linear import at_bits, has_planes
 from qs_jax.models.base import CausalLM
 from qs_jax.request import Prompt, prepare
 

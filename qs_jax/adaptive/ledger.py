@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.binding import Structure
 from qs_jax.choices import BITS, FULL
-from qs_jax.matryoshka.linear import has_planes, plane_bytes, weights
+from qs_jax.kernels import has_planes, plane_bytes, weights
 from qs_jax.models.base import Block, CausalLM
 
 _SIGNAL_FLOPS = 8

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.kernels import DenseKernel
 from qs_jax.models.base import CausalLM
-from qs_jax.models.layers import project
 
 Hidden = Float[Array, "*tokens hidden"]
 Value = Float[Array, "*tokens"]
@@ -91,9 +90,8 @@ def lens_entropy(model: CausalLM, hidden_states: Hidden, shortlist: int) -> Valu
     """
     if not shortlist:
         return entropy_bits(model.head(hidden_states))
-    kernel = model.head_kernel
-    few = kernel.rows(jnp.arange(shortlist)) if isinstance(kernel, NestedKernel) else kernel[:shortlist]
-    return entropy_bits(project(model.final_norm(hidden_states), few, jnp.float32))
+    few = DenseKernel(model.head_kernel.rows(jnp.arange(shortlist)))
+    return entropy_bits(few.matmul(model.final_norm(hidden_states)))
 
 
 def uniform(positions: Int[Array, "*tokens"], tokens: Int[Array, "*tokens"], layer: int) -> Value:

@@ -20,7 +20,7 @@ from qs_jax.adaptive.ledger import Work
 from qs_jax.adaptive.precision import choose_bits, precisions_in_use
 from qs_jax.cache import Cache, LayerCache, segment
 from qs_jax.choices import FULL
-from qs_jax.matryoshka.linear import at_bits
+from qs_jax.kernels import at_bits
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden
 
 PerRow = Bool[Array, " batch"]

@@ -17,7 +17,7 @@ from qs_jax.adaptive.binding import Structure, Thresholds
 from qs_jax.adaptive.fusion import fuse, pairs
 from qs_jax.adaptive.halting import halts, is_special
 from qs_jax.cache import Cache, LayerCache, append, segment
-from qs_jax.matryoshka.linear import at_bits
+from qs_jax.kernels import at_bits
 from qs_jax.models.attention import Segment, new_segment
 from qs_jax.models.base import Block, CausalLM
 

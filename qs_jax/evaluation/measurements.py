@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from qs_jax.adaptive.policy import Policy
@@ -16,8 +17,8 @@ from qs_jax.evaluation.scoring import score_alone
 from qs_jax.evaluation.statistics import PerWindow, increase
 from qs_jax.evaluation.windows import Window
 from qs_jax.files import remove_whole, write_whole
+from qs_jax.kernels import has_planes
 from qs_jax.loading import Model
-from qs_jax.matryoshka.linear import has_planes
 from qs_jax.models import arrays_by_path
 from qs_jax.request import bind_policy
 
@@ -119,7 +120,9 @@ class Measurements:
     def _taken_of(self) -> str:
         """A digest of the weights' names, the head's and the lens's values and all that is scored: what measurements
         hold for."""
-        digest = hashlib.sha256(np.asarray(self.model.network.head_kernel).tobytes())
+        digest = hashlib.sha256()
+        for array in jax.tree.leaves(self.model.network.head_kernel):
+            digest.update(np.asarray(array).tobytes())
         for shortcut in self.model.network.shortcuts or ():
             digest.update(np.asarray(shortcut.up.get_value()).tobytes())
         shapes = [(name, array.shape, str(array.dtype)) for name, array in arrays_by_path(self.model.network).items()]

@@ -15,8 +15,8 @@ from qs_jax.evaluation.measurements import Measurements
 from qs_jax.evaluation.observation import Observed, observe
 from qs_jax.evaluation.perplexity import Advance, evaluate
 from qs_jax.evaluation.windows import Plan, Window, cut
+from qs_jax.kernels import has_planes
 from qs_jax.loading import Model
-from qs_jax.matryoshka.linear import has_planes
 
 
 def calibrate_model(

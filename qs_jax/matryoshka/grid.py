@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
 from qs_jax.choices import BITS
-from qs_jax.matryoshka.kernel import SCALE_DTYPE, bent, straightened
+from qs_jax.matryoshka.kernel import SCALE_DTYPE
+from qs_jax.matryoshka.slices import bent, straightened
 
 SliceWeights = tuple[float, float, float]
 """What the squared error counts at each of BITS."""

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt8, UInt16
 
-from qs_jax.choices import BITS
-from qs_jax.matryoshka.codec import BLOCK, Planes, pack, unpack
+from qs_jax.choices import BITS, FULL
+from qs_jax.matryoshka.codec import BLOCK, Planes, pack
+from qs_jax.matryoshka.product import multiply
+from qs_jax.matryoshka.slices import Slice
 
 SCALE_DTYPE = jnp.bfloat16
 
@@ -25,8 +27,8 @@ class NestedKernel:
     """Weights (outputs, inputs) as nested codes; stands wherever a plain kernel stands.
 
     At `b` bits, code c of a group with scale s and offset o reads as `s · (level(c) + o · 2**b / 256)`, where level(c)
-    is c - (2**b - 1) / 2, bent by the codebook (`levels`). Inputs are padded to whole groups. `scales` and `offsets`
-    hold one row per entry of BITS.
+    is c - (2**b - 1) / 2, bent by the codebook (`slices.levels`). Inputs are padded to whole groups. `scales` and
+    `offsets` hold one row per entry of BITS.
 
     Attributes:
         shape: (outputs, inputs) of the weights.
@@ -48,7 +50,7 @@ class NestedKernel:
     bend: tuple[float, ...] = field(default=(0.0, 0.0, 0.0), metadata=_STATIC)
     dtype: jnp.dtype = field(default=_FLOAT32, metadata=_STATIC)
     least: int = field(default=2, metadata=_STATIC)
-    bits: int = field(default=8, metadata=_STATIC)
+    bits: int = field(default=FULL, metadata=_STATIC)
     row_bits: Int[Array, " batch"] | None = None
 
     @property
@@ -69,12 +71,8 @@ class NestedKernel:
         """Bytes that one product reads at `bits`; where rows differ, at most."""
         weights = self.groups * self.group_size * self.shape[0]
         per_group = self.scales.dtype.itemsize + self.offsets.dtype.itemsize
-        bits = 8 if self.row_bits is not None else self.bits
+        bits = FULL if self.row_bits is not None else self.bits
         return weights * bits // 8 + per_group * self.groups * self.shape[0]
-
-    @property
-    def planes(self) -> Planes:
-        return Planes(self.high, self.middle, self.low)
 
     def at(self, bits: int | Int[Array, " batch"]) -> "NestedKernel":
         """The same weights, read at `bits` from now on: one number, or one per row of the batch.
@@ -82,21 +80,49 @@ class NestedKernel:
         Raises:
             ValueError: a number other than 8, 4 or 2.
         """
-        if self.least == BITS[0]:
+        if self.least == FULL:
             bits = self.least
         if isinstance(bits, int):
             if bits not in BITS:
                 raise ValueError(f"bits is {bits}, expected one of {', '.join(map(str, BITS))}")
             return replace(self, bits=max(bits, self.least), row_bits=None)
-        return replace(self, bits=BITS[0], row_bits=jnp.maximum(bits, self.least))
+        return replace(self, bits=FULL, row_bits=jnp.maximum(bits, self.least))
+
+    def slice(self, bits: int) -> Slice:
+        """What is read at one precision."""
+        number = BITS.index(bits)
+        planes = Planes(self.high, self.middle, self.low)
+        return Slice(planes, self.scales[number], self.offsets[number], bits, self.bend[number])
+
+    def matmul(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        """`x @ weights.T` at the kernel's precision, in float32; where that is per row, rows are those of x's first
+        axis.
+
+        A batch of mixed precisions costs one product for each that occurs, a uniform one exactly one.
+        """
+        rows = self.padded(x.reshape(-1, x.shape[-1]))
+        y = multiply(rows, self.slice(self.bits)) if self.row_bits is None else self._mixed(rows, x.shape[0])
+        return y.reshape(*x.shape[:-1], self.shape[0])
+
+    def _mixed(self, rows: Float[Array, "rows padded_inputs"], batch: int) -> Float[Array, "rows outputs"]:
+        """One product for each precision that some row of the batch asks for."""
+        assert self.row_bits is not None
+        wanted = jnp.repeat(self.row_bits, rows.shape[0] // batch, total_repeat_length=rows.shape[0])
+        y = jnp.zeros((rows.shape[0], self.shape[0]), jnp.float32)
+        for bits in BITS[: BITS.index(self.least) + 1]:
+            mine = wanted == bits
+            y = jax.lax.cond(
+                mine.any(),
+                lambda y, mine, bits=bits: jnp.where(mine[:, None], multiply(rows, self.slice(bits)), y),
+                lambda y, mine: y,
+                y,
+                mine,
+            )
+        return y
 
     def dequantise(self, bits: int) -> Float[Array, "outputs inputs"]:
         """The weights at `bits`, in `dtype`: the plain reference for every faster product."""
-        return self.by_input(bits).T[:, : self.shape[1]]
-
-    def by_input(self, bits: int) -> Float[Array, "padded_inputs outputs"]:
-        """The weights at `bits` as their codes lie, padding included."""
-        return self._values(self.planes, self.scales, self.offsets, bits)
+        return self.slice(bits).weights().astype(self.dtype).T[:, : self.shape[1]]
 
     def padded(self, x: Float[Array, "rows inputs"]) -> Float[Array, "rows padded_inputs"]:
         """Rows with zeros for the padding."""
@@ -104,58 +130,15 @@ class NestedKernel:
 
     def rows(self, outputs: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
         """Rows of the weights at `bits`, as an embedding looks them up."""
+        codes = self.slice(self.bits)
         take = partial(jnp.take, indices=outputs.reshape(-1), axis=-1, mode="clip")
-        values = self._values(Planes(*map(take, self.planes)), take(self.scales), take(self.offsets), self.bits)
-        return values.T[:, : self.shape[1]].reshape(*outputs.shape, -1)
-
-    def _values(
-        self, planes: Planes, scales: Array, offsets: Array, bits: int
-    ) -> Float[Array, "padded_inputs outputs"]:
-        slice_ = BITS.index(bits)
-        level = levels(unpack(planes, bits), bits, self.bend[slice_])
-        values = dequantised(level, scales[slice_], offset_in_steps(offsets[slice_], bits))
-        return values.reshape(-1, values.shape[-1]).astype(self.dtype)
+        few = jax.tree.map(take, codes)
+        return few.weights().astype(self.dtype).T[:, : self.shape[1]].reshape(*outputs.shape, -1)
 
 
 def groups_of(inputs: int, group_size: int) -> int:
     """Groups that hold all inputs, the last one padded."""
     return -(-inputs // group_size)
-
-
-def dequantised(
-    level: Float[Array, "groups group_size outputs"],
-    scale: Float[Array, "groups outputs"],
-    offset: Float[Array, "groups outputs"],
-) -> Float[Array, "groups group_size outputs"]:
-    """Weights of levels; the offset in steps of the scale."""
-    return (level + offset[:, None]) * scale.astype(jnp.float32)[:, None]
-
-
-def levels(codes: UInt8[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*shape"]:
-    """Where each code stands, in steps of the scale: evenly spaced around 0, and spread outwards by `bend`.
-
-    t = c - (2**b - 1) / 2 becomes t + bend · t³ / (2**b / 2)²: a nested code then has narrow cells where weights are
-    many and wide ones in the tails.
-    """
-    return bent(codes.astype(jnp.float32) - (2**bits - 1) / 2, bits, bend)
-
-
-def bent(t: Float[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*shape"]:
-    """Evenly spaced levels around 0, spread outwards by `bend`."""
-    return t if bend == 0.0 else t * (1.0 + bend / 4.0 ** (bits - 1) * t * t)
-
-
-def straightened(y: Float[Array, "*shape"], bits: int, bend: float) -> Float[Array, "*shape"]:
-    """The inverse of `bent`: the one real root of a cubic, by its hyperbolic form."""
-    if bend == 0.0:
-        return y
-    p = 4.0 ** (bits - 1) / bend
-    return 2 * math.sqrt(p / 3) * jnp.sinh(jnp.arcsinh(1.5 * math.sqrt(3 / p) * y) / 3)
-
-
-def offset_in_steps(offsets: Int8[Array, "*shape"], bits: int) -> Float[Array, "*shape"]:
-    """Stored offsets in steps of the slice's scale."""
-    return offsets.astype(jnp.float32) * (2.0**bits / 256)
 
 
 def nested_kernel(

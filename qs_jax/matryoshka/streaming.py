@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qs_jax.choices import BITS
 from qs_jax.matryoshka.codec import BLOCK, Planes, packed_codes, unpack
-from qs_jax.matryoshka.kernel import NestedKernel, bent, dequantised, levels, offset_in_steps
+from qs_jax.matryoshka.slices import Slice, bent, dequantised, levels, offset_in_steps
 
-Rows = Float[Array, "rows inputs"]
+Rows = Float[Array, "rows padded_inputs"]
 Result = Float[Array, "rows outputs"]
 
 FEW_ROWS = 4
@@ -40,24 +39,23 @@ _SPAN = 64
 _CHAINS = 2
 
 
-def multiply_streams(x: Rows, kernel: NestedKernel, bits: int) -> Result:
-    """`x @ weights.T` in one pass over the planes, for `FEW_ROWS` rows at most.
+def multiply_streams(x: Rows, codes: Slice) -> Result:
+    """`x @ weights` in one pass over the planes, for `FEW_ROWS` rows at most.
 
     Every output is a vector lane. Within a span of inputs a masked word, converted as it is, holds its code times a
     power of 4 (16, 256), which the input takes back; both are exact. Spans are summed in the end.
     """
-    kernel, x = jax.lax.optimization_barrier((kernel, x.astype(jnp.float32)))
-    slice_, groups, outputs = BITS.index(bits), kernel.groups, kernel.shape[0]
-    bend = kernel.bend[slice_]
-    scale = kernel.scales[slice_].astype(jnp.float32)[:, None]
-    offset = offset_in_steps(kernel.offsets[slice_], bits)[:, None]
+    codes, x = jax.lax.optimization_barrier((codes, x.astype(jnp.float32)))
+    groups, outputs, bits, bend = codes.groups, codes.outputs, codes.bits, codes.bend
+    scale = codes.scale.astype(jnp.float32)[:, None]
+    offset = codes.offset_in_steps[:, None]
     if bend == 0.0:
         offset -= (2**bits - 1) / 2
-    span = math.gcd(kernel.group_size, _SPAN)
-    spans = kernel.group_size // span
-    cut = Planes(*(plane.reshape(groups * spans, -1, outputs) for plane in kernel.planes))
+    span = math.gcd(codes.group_size, _SPAN)
+    spans = codes.group_size // span
+    cut = Planes(*(plane.reshape(groups * spans, -1, outputs) for plane in codes.planes))
     results = []
-    for row in kernel.padded(x).reshape(x.shape[0], groups * spans, span):
+    for row in x.reshape(x.shape[0], groups * spans, span):
         products = _span_products(row, cut, bits, bend).reshape(groups, spans, outputs)
         total = _sum(row, (1,)).reshape(groups, spans, 1)
         of_groups = ((products + offset * total) * scale).reshape(groups * spans, outputs)
@@ -93,21 +91,20 @@ def _span_products(
     return chains[0]
 
 
-def multiply_groups(x: Rows, kernel: NestedKernel, bits: int) -> Result:
-    """`x @ weights.T` part by part: weights of a few groups of inputs, in cache, times those inputs of every row."""
-    slice_ = BITS.index(bits)
-    together = math.gcd(kernel.groups, max(1, _PART // kernel.group_size))
-    parts = kernel.groups // together
-    rows = kernel.padded(x.astype(jnp.float32)).reshape(x.shape[0], parts, -1).swapaxes(0, 1)
+def multiply_groups(x: Rows, codes: Slice) -> Result:
+    """`x @ weights` part by part: weights of a few groups of inputs, in cache, times those inputs of every row."""
+    together = math.gcd(codes.groups, max(1, _PART // codes.group_size))
+    parts = codes.groups // together
+    rows = x.astype(jnp.float32).reshape(x.shape[0], parts, -1).swapaxes(0, 1)
 
     def add(y: Result, part: tuple[Rows, Planes, Array, Array]) -> tuple[Result, None]:
         rows, planes, scale, offset = part
-        level = levels(unpack(planes, bits), bits, kernel.bend[slice_])
-        weights = dequantised(level, scale, offset_in_steps(offset, bits)).reshape(rows.shape[1], -1)
+        level = levels(unpack(planes, codes.bits), codes.bits, codes.bend)
+        weights = dequantised(level, scale, offset_in_steps(offset, codes.bits)).reshape(rows.shape[1], -1)
         return y + jax.lax.dot_general(rows, weights, (((1,), (0,)), ((), ()))), None
 
-    zeros = jnp.zeros((x.shape[0], kernel.shape[0]), jnp.float32)
-    in_parts = (kernel.planes, kernel.scales[slice_], kernel.offsets[slice_])
+    zeros = jnp.zeros((x.shape[0], codes.outputs), jnp.float32)
+    in_parts = (codes.planes, codes.scale, codes.offset)
     cut = jax.tree.map(lambda leaf: leaf.reshape(parts, together, *leaf.shape[1:]), in_parts)
     return jax.lax.scan(add, zeros, (rows, *cut))[0]
 

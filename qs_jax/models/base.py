@@ -8,8 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.kernels import Kernel, as_kernel
 from qs_jax.models.attention import View, attention, new_segment
-from qs_jax.models.layers import Embedding, Kernel, Linear, Shortcut, project
+from qs_jax.models.layers import Embedding, Linear, Shortcut
 
 Hidden = Float[Array, "batch tokens hidden"]
 Heads = Float[Array, "batch tokens kv_heads head_dim"]
@@ -109,7 +110,7 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden_states: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
         """Next-token logits in float32."""
-        logits = project(self.final_norm(hidden_states), self.head_kernel, jnp.float32)
+        logits = self.head_kernel.matmul(self.final_norm(hidden_states))
         return logits[..., : self.config.vocab_size]
 
     def shortcut(self, layer: int, hidden_states: Hidden) -> Hidden:
@@ -120,7 +121,7 @@ class CausalLM(nnx.Module):
     @property
     def head_kernel(self) -> Kernel:
         """The weights (padded_vocab, hidden) that make logits of the last hidden state: the embedding's if tied."""
-        return (self.embedding.table if self.lm_head is None else self.lm_head.kernel).get_value()
+        return as_kernel((self.embedding.table if self.lm_head is None else self.lm_head.kernel).get_value())
 
 
 def forward(model: CausalLM, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens vocab"]:

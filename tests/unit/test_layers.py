@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.typing import DTypeLike
 
 from qs_jax.cache import LayerCache, append
 from qs_jax.engine.sampling import log_normaliser, most_likely
+from qs_jax.kernels import DenseKernel
 from qs_jax.models.attention import Segment, attention
-from qs_jax.models.layers import project
+from qs_jax.models.layers import Linear
 
 rng = np.random.default_rng(5)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -29,10 +31,12 @@ def exact(x: jax.Array) -> np.ndarray:
 def test_a_projection_sums_in_float32(dtype: DTypeLike, rows: int, outputs: int) -> None:
     x, kernel = normal(rows, 96, dtype=dtype), normal(outputs, 96, dtype=dtype)
     expected = exact(x) @ exact(kernel).T
-    unrounded = jax.jit(project, static_argnums=2)(x, kernel, jnp.float32)
+    unrounded = jax.jit(DenseKernel.matmul)(DenseKernel(kernel), x)
     np.testing.assert_allclose(unrounded, expected, atol=2e-5)
     assert unrounded.shape == (rows, outputs)
-    own = jax.jit(project)(x, kernel)
+    linear = Linear(96, outputs, bias=False, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    linear.kernel.set_value(kernel)
+    own = jax.jit(lambda linear, x: linear(x))(linear, x)
     assert own.dtype == dtype
     np.testing.assert_array_equal(own, unrounded.astype(dtype))
 

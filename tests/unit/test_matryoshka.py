@@ -14,10 +14,10 @@ from qs_jax.adaptive.ledger import Costs
 from qs_jax.checkpoint import MANIFEST
 from qs_jax.choices import BITS
 from qs_jax.errors import GenerationError
+from qs_jax.kernels import at_bits, has_planes, is_nested, plane_bytes, weights
 from qs_jax.loading import Model, load
 from qs_jax.matryoshka.codec import pack, slice_of, unpack
 from qs_jax.matryoshka.kernel import NestedKernel, nested_kernel
-from qs_jax.matryoshka.linear import at_bits, has_planes, is_nested, nested_product, plane_bytes, weights
 from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest
 from qs_jax.models import arrays_by_path, forward
 from tests.tiny import PROMPTS, quantised, tiny_model
@@ -108,7 +108,7 @@ def test_products_are_those_of_the_weights(rows: tuple[int, ...], bits: int, inp
     kernel = random_kernel(inputs=inputs)
     x = random_rows(*rows, inputs)
     expected = x @ kernel.dequantise(bits).T
-    np.testing.assert_allclose(nested_product(x, kernel.at(bits)), expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(kernel.at(bits).matmul(x), expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
 def test_weights_are_not_written_out_before_they_are_needed() -> None:
@@ -118,7 +118,7 @@ def test_weights_are_not_written_out_before_they_are_needed() -> None:
 
     def chain(kernels: list[NestedKernel], x: jax.Array) -> jax.Array:
         for kernel in kernels:
-            x = jnp.tanh(nested_product(x, kernel))
+            x = jnp.tanh(kernel.matmul(x))
         return x
 
     memory = jax.jit(chain).lower(kernels, x).compile().memory_analysis()
@@ -128,21 +128,21 @@ def test_weights_are_not_written_out_before_they_are_needed() -> None:
 
 def test_rows_of_mixed_precision_equal_each_row_alone() -> None:
     kernel, x, bits = random_kernel(), random_rows(5, 3, 100), [8, 2, 4, 2, 8]
-    mixed = jax.jit(lambda kernel, x, bits: nested_product(x, kernel.at(bits)))(kernel, x, jnp.asarray(bits))
+    mixed = jax.jit(lambda kernel, x, bits: kernel.at(bits).matmul(x))(kernel, x, jnp.asarray(bits))
     for row, own in enumerate(bits):
-        np.testing.assert_allclose(mixed[row], nested_product(x[row : row + 1], kernel.at(own))[0], atol=1e-5)
+        np.testing.assert_allclose(mixed[row], kernel.at(own).matmul(x[row : row + 1])[0], atol=1e-5)
 
 
 def test_a_row_of_nan_leaves_the_others_alone() -> None:
     kernel, x = random_kernel(), random_rows(3, 100)
-    product = jax.jit(nested_product)
-    np.testing.assert_array_equal(product(x.at[0].set(jnp.nan), kernel)[1:], product(x, kernel)[1:])
+    product = jax.jit(NestedKernel.matmul)
+    np.testing.assert_array_equal(product(kernel, x.at[0].set(jnp.nan))[1:], product(kernel, x)[1:])
 
 
 def test_a_pinned_kernel_is_always_read_at_eight_bits() -> None:
     kernel, x = replace(random_kernel(), least=8), random_rows(2, 100)
     for bits in (2, jnp.asarray([2, 4])):
-        np.testing.assert_array_equal(nested_product(x, kernel.at(bits)), nested_product(x, kernel.at(8)))
+        np.testing.assert_array_equal(kernel.at(bits).matmul(x), kernel.at(8).matmul(x))
     assert kernel.at(2).nbytes == kernel.nbytes
 
 

@@ -33,9 +33,10 @@ from qs_jax.matryoshka.grid import (
     refit,
     storable,
 )
-from qs_jax.matryoshka.kernel import NestedKernel, bent, straightened
+from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.matryoshka.refine import refined
 from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
+from qs_jax.matryoshka.slices import bent, straightened
 from qs_jax.matryoshka.streaming import multiply_groups, multiply_streams
 from qs_jax.matryoshka.tune import Tuning
 from qs_jax.models import arrays_by_path
@@ -78,13 +79,13 @@ def test_streamed_products_are_those_of_the_weights(inputs: int, group_size: int
     x = normal(2, inputs)
     expected = x @ kernel.dequantise(bits).T
     for multiply in (multiply_streams, multiply_groups):
-        found = jax.jit(multiply, static_argnums=2)(x, kernel, bits)
+        found = jax.jit(multiply)(kernel.padded(x), kernel.slice(bits))
         np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
 def test_a_nan_in_a_row_is_not_lost_on_the_way() -> None:
     kernel = packed(jnp.zeros((1, 64, 8), jnp.uint8), between_extremes(normal(1, 64, 8)), inputs=64)
-    assert np.isnan(multiply_streams(normal(1, 64).at[0, 3].set(jnp.nan), kernel, 4)).all()
+    assert np.isnan(multiply_streams(normal(1, 64).at[0, 3].set(jnp.nan), kernel.slice(4))).all()
 
 
 @pytest.mark.parametrize("bend", [EVEN, COMPANDED])
