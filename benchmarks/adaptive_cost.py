@@ -30,7 +30,7 @@ from benchmarks.harness import interleaved, median_ratio, summary, write_result
 from benchmarks.peers import Generate, Prompts
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.speed import seconds_per_step
-from qs_jax.adaptive.policy import Halting, KvRule, Policy
+from qs_jax.adaptive.policy import Halting, KvRuleName, Policy
 from qs_jax.cache import allocate, append, segment
 from qs_jax.engine.compilation import METER
 from qs_jax.generation import CHUNK, generate
@@ -41,7 +41,7 @@ from qs_jax.models.base import CausalLM
 INFINITY = float("inf")
 PROMPT_TOKENS = 32
 LONG_PROMPT = 1023
-RULES: tuple[KvRule, ...] = ("drop", "zero", "frozen", "affine")
+RULES: tuple[KvRuleName, ...] = ("drop", "zero", "frozen", "affine")
 
 
 def gpt2(layers: int) -> Model:
@@ -53,12 +53,12 @@ def gpt2(layers: int) -> Model:
     return replace(model, network=with_lens(model.network, lens))
 
 
-def half_depth(rule: KvRule) -> Policy:
+def half_depth(rule: KvRuleName) -> Policy:
     """Every generated token stops after the sixth layer."""
     return Policy(f"half depth, {rule}", decode_halting=Halting("random", INFINITY, layers=(6,)), kv_rule=rule)
 
 
-def quarter_of_the_prompt(rule: KvRule) -> Policy:
+def quarter_of_the_prompt(rule: KvRuleName) -> Policy:
     """A random quarter of the prompt goes on after the sixth layer."""
     return Policy(f"quarter of the prompt, {rule}", prompt_halting=Halting("random", 0.75, layers=(6,)), kv_rule=rule)
 

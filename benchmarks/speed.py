@@ -28,7 +28,7 @@ from benchmarks.harness import RESULTS, environment, interleaved, median_ratio, 
 from benchmarks.peers import Generate, Prompts, installed_peers, write_hugging_face
 from benchmarks.quality import STORIES
 from benchmarks.shapes import SHAPES, model_named, nested_model
-from qs_jax.adaptive.ledger import Costs
+from qs_jax.adaptive.costs import Costs
 from qs_jax.console import reporting_errors
 from qs_jax.evaluation.benchmark import bandwidth_probe
 from qs_jax.evaluation.text import read_documents

@@ -172,7 +172,7 @@ class _Generation:
         constant = float(ledger.bits if ledger.costs.planes else ledger.costs.weight_bits)
         return {
             "layers_run": [row.layers_run for row in self.rows],
-            "bits": [_mean_bits(row, constant, adapts=ledger.structure.adapts_bits) for row in self.rows],
+            "bits": [_mean_bits(row, constant, adapts=ledger.policy.adapts_bits) for row in self.rows],
             "signal": [row.signal for row in self.rows],
             "prompt_layers_run": [layers.tolist() for layers in prompt.layers_run],
             "prompt_fused_with": [tokens.tolist() for tokens in prompt.fused_with],

@@ -4,12 +4,10 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from qs_jax.adaptive.binding import BoundPolicy, bind
 from qs_jax.adaptive.policy import Policy
 from qs_jax.choices import is_whole
-from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
+from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.generation_config import GenerationConfig
@@ -50,14 +48,14 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: Generation
         max_new_tokens=config.max_new_tokens,
         eos_token_ids=_checked(eos_token_ids, model.config.vocab_size, "eos_token_id"),
         seeds=[(seed, copy) for seed in seeds for copy in range(config.num_return_sequences)],
-        settings=SamplingSettings(
-            temperature=jnp.float32(config.temperature),
-            top_k=jnp.int32(min(config.top_k, model.config.vocab_size)),
-            top_p=jnp.float32(config.top_p),
-            min_p=jnp.float32(config.min_p),
-            repetition_penalty=jnp.float32(config.repetition_penalty),
+        sampling=Sampling.of(
+            do_sample=config.do_sample,
+            temperature=config.temperature,
+            top_k=min(config.top_k, model.config.vocab_size),
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
         ),
-        plan=SamplingPlan(config.do_sample, penalise=config.repetition_penalty != 1.0),
         chunk_size=chunk_size,
         policy=bind_policy(model, Policy.of(config.policy)),
     )

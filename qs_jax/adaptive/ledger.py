@@ -2,106 +2,21 @@
 
 Work is counted as executed, padding and empty slots of a bucket included, since that is what the machine pays for; what
 the CPU saves inside attention, where it leaves out blocks of slots that no query of a prompt may see, is counted on
-both sides as if it were not saved.
-One multiply-add is two FLOPs; norms, activations and softmax are left out (under 2 % on real shapes; a test holds
-the count against XLA's own cost analysis). What the controller does besides (probes, drifts, entropies, similarities)
-is counted in full, in `flops` and apart in `probe_flops`.
+both sides as if it were not saved. What the controller does besides (probes, drifts, entropies, similarities) is
+counted in full, in `flops` and apart in `probe_flops`. What the parts of a model cost: `qs_jax.adaptive.costs`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from qs_jax.adaptive.binding import Structure
+from qs_jax.adaptive.binding import BoundPolicy
+from qs_jax.adaptive.costs import ENTROPY_FLOPS, Costs
 from qs_jax.choices import BITS, FULL
-from qs_jax.kernels import has_planes, plane_bytes, weights
-from qs_jax.models.base import Block, CausalLM
-
-_SIGNAL_FLOPS = 8
-"""Per hidden channel and decision: two norms and a difference, or a cosine."""
-_ENTROPY_FLOPS = 6
-"""Per vocabulary entry: shift, exponential, two products and sums."""
-
-
-@dataclass(frozen=True)
-class LayerCosts:
-    """One block: FLOPs per token and bytes per pass, whole and for keys and values alone; bytes by precision."""
-
-    flops: int
-    kv_flops: int
-    bytes: Mapping[int, int]
-    kv_bytes: Mapping[int, int]
-
-    @classmethod
-    def of(cls, block: Block) -> "LayerCosts":
-        parts = (block.k, block.v)
-        return cls(
-            flops=_flops(block),
-            kv_flops=sum(map(_flops, parts)),
-            bytes={bits: plane_bytes(block, bits) for bits in BITS},
-            kv_bytes={bits: sum(plane_bytes(part, bits) for part in parts) for bits in BITS},
-        )
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Constants of a model, from the shapes of its weights."""
-
-    layers: tuple[LayerCosts, ...]
-    attention_flops_per_slot: int
-    hidden_size: int
-    vocab_size: int
-    head_flops: int
-    head_bytes: int
-    shortcut_flops: int
-    shortcut_bytes: int
-    slot_bytes: int
-    weight_bits: int
-    planes: bool
-
-    @classmethod
-    def of(cls, model: CausalLM) -> "Costs":
-        """Those of a model; walking through its modules takes longer than a decode step, so they are kept with it."""
-        if model not in _COSTS:
-            _COSTS[model] = cls._counted(model)
-        return _COSTS[model]
-
-    @classmethod
-    def _counted(cls, model: CausalLM) -> "Costs":
-        config, head = model.config, model.head_kernel
-        itemsize = model.embedding.table.dtype.itemsize
-        return cls(
-            layers=tuple(LayerCosts.of(block) for block in model.blocks),
-            attention_flops_per_slot=4 * config.num_attention_heads * config.head_dim,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            head_flops=2 * head.size,
-            head_bytes=head.nbytes,
-            shortcut_flops=_flops(model.shortcuts[0]) if model.shortcuts else 0,
-            shortcut_bytes=plane_bytes(model.shortcuts[0], FULL) if model.shortcuts else 0,
-            slot_bytes=2 * config.num_key_value_heads * config.head_dim * itemsize,
-            weight_bits=8 * itemsize,
-            planes=has_planes(model),
-        )
-
-    def step_bytes(self, bits: int = FULL) -> int:
-        """Bytes of weights that a decode step through all layers reads at one precision."""
-        return sum(layer.bytes[bits] for layer in self.layers) + self.head_bytes
-
-    def lens_flops(self, shortlist: int) -> int:
-        """The entropy of one token's intermediate logits."""
-        return (2 * self.hidden_size + _ENTROPY_FLOPS) * (shortlist or self.vocab_size)
-
-    def lens_bytes(self, shortlist: int) -> int:
-        return self.head_bytes * (shortlist or self.vocab_size) // self.vocab_size
-
-
-_COSTS: WeakKeyDictionary[CausalLM, Costs] = WeakKeyDictionary()
 
 
 class StagePass(NamedTuple):
@@ -116,13 +31,13 @@ class StagePass(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What each segment really cost: rows that were run through it (of the whole batch or of a gathered part), at which
-    of 2, 4 and 8 bits they and the resting rows read weights, and on how many rows the probe behind it was taken."""
+    """What each span of layers really cost: rows that were run through it (of the whole batch or of a gathered part),
+    at which of BITS they and the resting rows read weights, and on how many rows the probe behind it was taken."""
 
-    rows_run: Int[Array, "*segments"]
-    run_bits: Bool[Array, "*segments precisions"]
-    rest_bits: Bool[Array, "*segments precisions"]
-    rows_probed: Int[Array, "*segments"]
+    rows_run: Int[Array, "*spans"]
+    run_bits: Bool[Array, "*spans precisions"]
+    rest_bits: Bool[Array, "*spans precisions"]
+    rows_probed: Int[Array, "*spans"]
 
 
 @dataclass
@@ -142,7 +57,7 @@ class Ledger:
     """
 
     costs: Costs
-    structure: Structure
+    policy: BoundPolicy
     bits: int = FULL
     run: Tally = field(default_factory=Tally)
     twin: Tally = field(default_factory=Tally)
@@ -167,7 +82,7 @@ class Ledger:
             heads = part.stop == depth
             self.run.flops += flops + heads * rows * costs.head_flops
             self.run.weight_bytes += read + heads * costs.head_bytes
-            self._count_verdict(part)
+            self._count_decision(part)
         for tokens, slots in twin:
             attention = depth * costs.attention_flops_per_slot * (slots + tokens)
             per_token = sum(layer.flops for layer in costs.layers) + attention
@@ -175,44 +90,39 @@ class Ledger:
             self.twin.weight_bytes += costs.step_bytes()
 
     def _stage(self, part: StagePass) -> tuple[int, int]:
-        flops, read = 0, 0
+        flops, read, costs, rule = 0, 0, self.costs, self.policy.kv_rule
         seen = part.slots + part.tokens + part.resting
         for number in range(part.start, part.stop):
-            layer = self.costs.layers[number]
-            whole = layer.flops + self.costs.attention_flops_per_slot * seen
-            resting = layer.kv_flops if self.structure.projects_resting else 0
-            if self.structure.kv_rule == "shallow":
-                resting = whole
+            layer = costs.layers[number]
+            whole = layer.flops + costs.attention_flops_per_slot * seen
+            resting = whole if rule.keeps_running else rule.kv_flops(layer)
             read += layer.bytes[self.bits]
-            if part.resting and self.structure.demotes(number):
-                read += layer.bytes[self.structure.shallow_bits]
-            if part.resting and self.structure.carries_resting and number + 1 < len(self.costs.layers):
-                resting += self.costs.shortcut_flops
-                read += self.costs.shortcut_bytes
+            if part.resting and rule.resting_bits is not None and self.policy.demotes(number):
+                read += layer.bytes[rule.resting_bits]
+            if part.resting and number + 1 < len(costs.layers):
+                resting += rule.carry_flops(costs)
+                read += rule.carry_bytes(costs)
             flops += part.rows * (part.tokens * whole + part.resting * resting)
         return flops, read
 
-    def _count_verdict(self, part: StagePass) -> None:
-        structure, places = self.structure, part.rows * part.tokens
-        halting, fusion = structure.prompt, structure.fusion
+    def _count_decision(self, part: StagePass) -> None:
+        policy, places, hidden = self.policy, part.rows * part.tokens, self.costs.hidden_size
+        halting, fusion = policy.prompt_halting, policy.fusion
         if halting and part.stop in halting.layers:
-            self._probe(places * self._signal_flops(halting.signal))
+            self._control(places * halting.flops(hidden))
             if halting.probes:
-                self._lens(places)
+                self._probe(places)
         if fusion and part.stop in fusion.layers:
-            self._probe(places * _SIGNAL_FLOPS * self.costs.hidden_size)
+            self._control(places * fusion.flops(hidden))
 
-    def _signal_flops(self, signal: str) -> int:
-        free = ("entropy", "previous_entropy", "random")
-        return 0 if signal in free else _SIGNAL_FLOPS * self.costs.hidden_size
-
-    def _probe(self, flops: int) -> None:
+    def _control(self, flops: int) -> None:
+        """Count what deciding costs."""
         self.run.flops += flops
         self.probe_flops += flops
 
-    def _lens(self, tokens: int) -> None:
-        self._probe(tokens * self.costs.lens_flops(self.structure.shortlist))
-        self.run.weight_bytes += self.costs.lens_bytes(self.structure.shortlist)
+    def _probe(self, tokens: int) -> None:
+        self._control(tokens * self.costs.probe_flops(self.policy.shortlist))
+        self.run.weight_bytes += self.costs.probe_bytes(self.policy.shortlist)
 
     def add_decode(self, work: Work, steps: int, rows: int, slots: Sequence[int], twin_slots: int) -> None:
         """Count a chunk of decode steps.
@@ -224,14 +134,14 @@ class Ledger:
             slots: capacity of each layer's cache, all of which attention looks at.
             twin_slots: the same for the dense twin, equal in all layers.
         """
-        costs, structure = self.costs, self.structure
+        costs, halting = self.costs, self.policy.decode_halting
         for step in range(steps):
-            for index, (start, stop) in enumerate(structure.segments):
-                self._segment(work, step, index, rows, range(start, stop), slots)
-                if structure.decode and stop in structure.decode.layers:
-                    self._probe(rows * self._signal_flops(structure.decode.signal))
+            for index, (start, stop) in enumerate(self.policy.spans):
+                self._span(work, step, index, rows, range(start, stop), slots)
+                if halting and stop in halting.layers:
+                    self._control(rows * halting.flops(costs.hidden_size))
                 if work.rows_probed[step, index]:
-                    self._lens(int(work.rows_probed[step, index]))
+                    self._probe(int(work.rows_probed[step, index]))
         self.add_output_entropy(steps * rows)
         self.run.flops += steps * rows * costs.head_flops
         self.run.weight_bytes += steps * costs.head_bytes
@@ -242,34 +152,35 @@ class Ledger:
 
     def add_output_entropy(self, tokens: int) -> None:
         """Count the entropy of what so many tokens were chosen from, where the policy remembers it."""
-        if self.structure.needs_output_entropy:
-            self._probe(tokens * _ENTROPY_FLOPS * self.costs.vocab_size)
+        if self.policy.remembers:
+            self._control(tokens * ENTROPY_FLOPS * self.costs.vocab_size)
 
-    def _segment(
-        self, work: Work, step: int, index: int, rows: int, layers: Iterable[int], slots: Sequence[int]
-    ) -> None:
-        ran = int(work.rows_run[step, index])
-        rests = ran < rows and self.structure.projects_resting
+    def _span(self, work: Work, step: int, index: int, rows: int, layers: Iterable[int], slots: Sequence[int]) -> None:
+        ran, costs, rule = int(work.rows_run[step, index]), self.costs, self.policy.kv_rule
+        rests = ran < rows
         for number in layers:
-            layer = self.costs.layers[number]
-            whole = layer.flops + self.costs.attention_flops_per_slot * (slots[number] + 1)
-            self.run.flops += ran * whole + rests * rows * layer.kv_flops
-            if self.structure.decode and self.structure.carries_resting and index > 0 and (rests or rows > 1):
+            layer = costs.layers[number]
+            whole = layer.flops + costs.attention_flops_per_slot * (slots[number] + 1)
+            self.run.flops += ran * whole + rests * rows * rule.kv_flops(layer)
+            if self.policy.decode_halting and index > 0 and (rests or rows > 1):
                 carried = rests * rows + (ran if rows > 1 else 0)
-                self.run.flops += carried * self.costs.shortcut_flops
-                self.run.weight_bytes += self.costs.shortcut_bytes
+                self.run.flops += carried * rule.carry_flops(costs)
+                self.run.weight_bytes += rule.carry_bytes(costs)
             if ran:
-                self.run.weight_bytes += self._read(layer.bytes, number, work.run_bits[step, index])
+                self.run.weight_bytes += self._read(layer.bytes.__getitem__, number, work.run_bits[step, index])
             if rests:
-                self.run.weight_bytes += self._read(layer.kv_bytes, number, work.rest_bits[step, index])
+                read = partial(rule.kv_bytes, layer)
+                self.run.weight_bytes += self._read(read, number, work.rest_bits[step, index])
 
-    def _read(self, by_bits: Mapping[int, int], number: int, in_use: Bool[Array | np.ndarray, " precisions"]) -> int:
+    def _read(
+        self, bytes_at: Callable[[int], int], number: int, in_use: Bool[Array | np.ndarray, " precisions"]
+    ) -> int:
         """Bytes of a layer's weights: once for every precision that some row asked for."""
-        precision = self.structure.precision
-        demotes = self.structure.decode is not None and self.structure.demotes(number)
+        precision = self.policy.precision
+        demotes = self.policy.decode_halting is not None and self.policy.demotes(number)
         if not demotes and (precision is None or not precision.adapts(number)):
-            return by_bits[self.bits]
-        return sum(by_bits[bits] for bits, used in zip(BITS, in_use, strict=True) if used)
+            return bytes_at(self.bits)
+        return sum(bytes_at(bits) for bits, used in zip(BITS, in_use, strict=True) if used)
 
     def add_tokens(self, *, prompt: bool, layers: int, bits: int, tokens: int, slots: int) -> None:
         """Count tokens by what they got: layers run and bits read, summed over all, and cache slots they filled."""
@@ -317,14 +228,9 @@ class Ledger:
     def _bits_mean(self) -> float:
         if not self.costs.planes:
             return float(self.costs.weight_bits)
-        adapts = self.structure.adapts_bits and self.decode_layers
+        adapts = self.policy.adapts_bits and self.decode_layers
         return self.decode_bits / self.decode_layers if adapts else float(self.bits)
 
 
 def _reduction(run: int, twin: int) -> float:
     return 1.0 - run / twin if twin else 0.0
-
-
-def _flops(module: nnx.Module) -> int:
-    """FLOPs per token of all products in a module."""
-    return sum(2 * kernel.size for kernel in weights(module) if kernel.ndim == 2)

@@ -1,8 +1,8 @@
 """The policy: which mechanisms are on, how they are built, and their thresholds.
 
 A `Policy` is what people write, save and share: plain numbers, independent of any model where it leaves layers open.
-Bound to a model (`qs_jax.adaptive.binding`) it splits in two: a `Structure` that is part of the compiled program, and
-`Thresholds` that are traced, so that changing one compiles nothing.
+Bound to a model (`qs_jax.adaptive.binding`) it becomes one pytree, in which what decides which programs are compiled is
+static and thresholds are traced, so that changing one compiles nothing.
 
 "After layer n" means that n blocks have run. Every threshold is neutral at 0: nothing is below it.
 """
@@ -18,13 +18,13 @@ from qs_jax.choices import BITS, is_number, is_whole
 from qs_jax.errors import PolicyError
 from qs_jax.files import write_whole
 
-Signal = Literal[
+SignalName = Literal[
     "relative_drift", "direction_drift", "raw_drift", "attention_update", "entropy", "previous_entropy", "random"
 ]
-KvRule = Literal["zero", "drop", "frozen", "affine", "shallow"]
+KvRuleName = Literal["zero", "drop", "frozen", "affine", "shallow"]
 Distance = Literal["cosine", "l2"]
 PositionRule = Literal["last", "mean", "first"]
-BitsSignal = Literal["previous_entropy", "entropy", "random"]
+BitsSignalName = Literal["previous_entropy", "entropy", "random"]
 Thresholds1D = float | tuple[float, ...]
 
 FORMAT = 1
@@ -47,7 +47,7 @@ class Halting:
         entropy_source: which entropy that is: `entropy` (the probe) or `previous_entropy` (decode only).
     """
 
-    signal: Signal = "relative_drift"
+    signal: SignalName = "relative_drift"
     thresholds: Thresholds1D = 0.0
     layers: tuple[int, ...] | None = None
     start: float = 0.5
@@ -56,7 +56,7 @@ class Halting:
     entropy_source: Literal["entropy", "previous_entropy"] = "entropy"
 
     def __post_init__(self) -> None:
-        _one_of("halting.signal", self.signal, get_args(Signal))
+        _one_of("halting.signal", self.signal, get_args(SignalName))
         _one_of("halting.entropy_source", self.entropy_source, ("entropy", "previous_entropy"))
         _thresholds("halting.thresholds", self.thresholds)
         _layers("halting", self.layers, self.start, self.step)
@@ -114,14 +114,14 @@ class Precision:
         pinned: layers that are always read at 8 bits; negative ones count from the end.
     """
 
-    signal: BitsSignal = "previous_entropy"
+    signal: BitsSignalName = "previous_entropy"
     two_below: float = 0.0
     four_below: float = 0.0
     layer: int | None = None
     pinned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("precision.signal", self.signal, get_args(BitsSignal))
+        _one_of("precision.signal", self.signal, get_args(BitsSignalName))
         _thresholds("precision.two_below", self.two_below)
         _thresholds("precision.four_below", self.four_below)
         _require(
@@ -172,7 +172,7 @@ class Policy:
     name: str = "off"
     prompt_halting: Halting | None = None
     decode_halting: Halting | None = None
-    kv_rule: KvRule = "frozen"
+    kv_rule: KvRuleName = "frozen"
     shallow_bits: int = 4
     fusion: Fusion | None = None
     precision: Precision | None = None
@@ -183,7 +183,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         _require(isinstance(self.name, str), "name", self.name, "text")
-        _one_of("kv_rule", self.kv_rule, get_args(KvRule))
+        _one_of("kv_rule", self.kv_rule, get_args(KvRuleName))
         _one_of("shallow_bits", self.shallow_bits, BITS)
         _require(is_whole(self.protect_first, 0), "protect_first", self.protect_first, "a whole number from 0")
         _require(is_whole(self.protect_last, 1), "protect_last", self.protect_last, "a whole number from 1")

@@ -1,44 +1,86 @@
-"""What a token shows of itself between layers: pure functions of hidden states and logits, one number per token."""
+"""What a token shows of itself between layers: pure functions of hidden states and logits, one number per token.
 
+`SIGNALS` names them as policies do. A signal asks `Evidence` for what it reads; what costs something to make, such as
+the entropy of intermediate logits, is made only when a signal asks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qs_jax.adaptive.policy import SignalName
 from qs_jax.kernels import DenseKernel
-from qs_jax.models.base import CausalLM
+from qs_jax.models.base import CausalLM, LayerOutput
 
 Hidden = Float[Array, "*tokens hidden"]
 Value = Float[Array, "*tokens"]
 
+COMPARISON_FLOPS = 8
+"""Per hidden channel: two norms and a difference, or a cosine."""
+
 _TINY = 1e-12
 
 
-class Evidence(NamedTuple):
-    """What there is to see of tokens after a layer: its input, output and attention update, and whose they are.
-
-    Entropies in bits, None where no policy asks for them: of the intermediate logits, and of the previous output.
-    """
+class Shown(NamedTuple):
+    """What a layer shows of the tokens that ran through it: the state that entered it, the state that left it, and
+    attention's update between the two."""
 
     before: Hidden
     after: Hidden
-    update: Hidden
-    positions: Int[Array, "*tokens"]
+    attention_update: Hidden
+
+    @classmethod
+    def by(cls, before: Hidden, output: LayerOutput) -> "Shown":
+        return cls(before, output.hidden_states, output.attention_update)
+
+    @classmethod
+    def by_none(cls, hidden_states: Hidden) -> "Shown":
+        """Of tokens that ran through no layer."""
+        return cls(hidden_states, hidden_states, jnp.zeros_like(hidden_states))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What there is to see of tokens after `layer` layers, and whose it is. Lives while a program is traced.
+
+    `probe` takes the entropy of the intermediate logits, in bits; `previous_entropy` is that of the output one step
+    earlier. Either is None where there is none.
+    """
+
+    layer: int
+    shown: Shown
     ids: Int[Array, "*tokens"]
-    entropy: Value | None
+    positions: Int[Array, "*tokens"]
+    probe: Callable[[], Value] | None = None
     previous_entropy: Value | None = None
 
-    def value(self, name: str, layer: int) -> Value:
-        """The signal that policies call `name`, after `layer` layers."""
-        known = {"entropy": self.entropy, "previous_entropy": self.previous_entropy}
-        if (entropy := known.get(name)) is not None:
-            return entropy
-        if name == "random":
-            return uniform(self.positions, self.ids, layer)
-        if name == "attention_update":
-            return attention_update(self.before, self.update)
-        return DRIFTS[name](self.before, self.after)
+    @cached_property
+    def entropy(self) -> Value | None:
+        return self.probe() if self.probe else None
+
+    def read(self, name: SignalName) -> Value:
+        """The signal that policies call `name`."""
+        value = SIGNALS[name].read(self)
+        assert value is not None, f"{name} was asked for where there is nothing to read it of"
+        return value
+
+
+class Signal(NamedTuple):
+    """How a signal is read, and what that takes.
+
+    `flops_per_channel` is counted per token and hidden channel. `probes`: it reads the entropy of intermediate logits,
+    which the ledger counts by itself. `remembers`: it reads the entropy of the previous step's output.
+    """
+
+    read: Callable[[Evidence], Value | None]
+    flops_per_channel: int = 0
+    probes: bool = False
+    remembers: bool = False
 
 
 def norm(x: Hidden) -> Value:
@@ -83,10 +125,10 @@ def entropy_bits(logits: Float[Array, "*tokens vocab"]) -> Value:
     return -(jnp.exp(logprobs) * logprobs).sum(axis=-1) / jnp.log(jnp.float32(2.0))
 
 
-def lens_entropy(model: CausalLM, hidden_states: Hidden, shortlist: int) -> Value:
+def probe_entropy(model: CausalLM, hidden_states: Hidden, shortlist: int) -> Value:
     """Entropy in bits of the logits that an intermediate state would give; over the first `shortlist` ids if not 0.
 
-    The logit lens: the model's own final norm and head, no training.
+    The model's own final norm and head, no training: what is known as the logit lens.
     """
     if not shortlist:
         return entropy_bits(model.head(hidden_states))
@@ -105,5 +147,19 @@ def uniform(positions: Int[Array, "*tokens"], tokens: Int[Array, "*tokens"], lay
     return flat.reshape(positions.shape)
 
 
-DRIFTS = {"relative_drift": relative_drift, "direction_drift": direction_drift, "raw_drift": raw_drift}
-"""Signals that compare a layer's input with its output, by the names that policies use."""
+def _comparing(distance: Callable[[Hidden, Hidden], Value]) -> Signal:
+    """A signal that compares a layer's input with its output."""
+    return Signal(lambda seen: distance(seen.shown.before, seen.shown.after), COMPARISON_FLOPS)
+
+
+SIGNALS: dict[SignalName, Signal] = {
+    "relative_drift": _comparing(relative_drift),
+    "direction_drift": _comparing(direction_drift),
+    "raw_drift": _comparing(raw_drift),
+    "attention_update": Signal(
+        lambda seen: attention_update(seen.shown.before, seen.shown.attention_update), COMPARISON_FLOPS
+    ),
+    "entropy": Signal(lambda seen: seen.entropy, probes=True),
+    "previous_entropy": Signal(lambda seen: seen.previous_entropy, remembers=True),
+    "random": Signal(lambda seen: uniform(seen.positions, seen.ids, seen.layer)),
+}

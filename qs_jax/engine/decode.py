@@ -1,6 +1,7 @@
 """Decoding: a jitted `lax.scan` over a chunk of steps, layers unrolled, state donated."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -8,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qs_jax.adaptive.binding import Structure, Thresholds
-from qs_jax.adaptive.halting import is_special
+from qs_jax.adaptive.binding import BoundPolicy
+from qs_jax.adaptive.ledger import Work
 from qs_jax.adaptive.signals import entropy_bits
 from qs_jax.cache import Cache, append
-from qs_jax.engine.descent import Context, Work, Written, descend
-from qs_jax.engine.sampling import SamplingPlan, SamplingSettings, log_normaliser, next_tokens
-from qs_jax.engine.stopping import is_eos
+from qs_jax.engine.descent import Context, NewSlots, descend
+from qs_jax.engine.sampling import Sampling, log_normaliser, next_tokens
 from qs_jax.models.base import CausalLM
+from qs_jax.token_set import is_in
 
 
 @jax.tree_util.register_dataclass
@@ -25,8 +26,8 @@ class DecodeState:
 
     `tokens` are chosen but not yet run: a step runs them at `positions`, writes their keys and values, and
     chooses the next. `remaining` counts the tokens a row may still produce; a row that is `done` writes nothing.
-    `seen` has zero width when no repetition penalty is in force. `entropy` is that of the distribution the pending
-    token was chosen from, in bits; zero where no policy asks for it.
+    `noise` is each row's own source of randomness. `seen` has zero width when no repetition penalty is in force.
+    `entropy` is that of the distribution the pending token was chosen from, in bits; zero where no policy asks for it.
     """
 
     tokens: Int[Array, " batch"]
@@ -34,26 +35,32 @@ class DecodeState:
     cache: Cache
     done: Bool[Array, " batch"]
     remaining: Int[Array, " batch"]
-    keys: Key[Array, " batch"]
+    noise: Key[Array, " batch"]
     seen: Bool[Array, "batch seen_vocab"]
     entropy: Float[Array, " batch"]
 
 
-class Controls(NamedTuple):
-    """The traced half of what a request asks of every step: numbers that may change without compiling."""
-
-    settings: SamplingSettings
-    eos: Int[Array, " slots"]
-    thresholds: Thresholds
-
-
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Program:
-    """The static half: what the compiled steps contain."""
+class Controls:
+    """What a request asks of every step. Numbers are traced; another one compiles nothing.
 
-    sampling: SamplingPlan
-    structure: Structure
-    keep_logits: bool = False
+    `eos` are the ids that end a row; `keep_logits` hands out the logits of every step as well.
+    """
+
+    sampling: Sampling
+    eos: Int[Array, " slots"]
+    policy: BoundPolicy
+    keep_logits: bool = field(default=False, metadata={"static": True})
+
+
+class Spent(NamedTuple):
+    """What was spent on the pass that chose a token: layers run, the bits it read summed over them, and the signal at
+    its last decision to halt or not."""
+
+    layers_run: Int[Array, " batch"]
+    bits_read: Int[Array, " batch"]
+    signal: Float[Array, " batch"]
 
 
 class Chosen(NamedTuple):
@@ -62,7 +69,7 @@ class Chosen(NamedTuple):
     `logprobs` are natural logarithms under the model's unprocessed distribution, not finite where logits are not, which
     ends the row. `emitted` is false where the row had already ended, and the other fields are meaningless there.
     `layers_run`, `bits_read` (summed over those layers) and `signal` (at the last decision to halt or not) tell of the
-    pass that chose the token. `logits` has zero width unless the program keeps them.
+    pass that chose the token. `logits` has zero width unless they are kept.
     """
 
     tokens: Int[Array, "*steps batch"]
@@ -82,55 +89,42 @@ class Chunk(NamedTuple):
     filled: Int[Array, " layers"]
 
 
-class _Thought(NamedTuple):
-    """All that a step finds out by reading; what it changes follows from it."""
+class Step(NamedTuple):
+    """What a step finds out by reading: its choice, the entropy of what that was chosen from (bits, where the policy
+    remembers it), the keys and values to write, and what it cost."""
 
     chosen: Chosen
     entropy: Float[Array, " batch"]
-    written: tuple[Written, ...]
+    new_slots: tuple[NewSlots, ...]
     work: Work
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+Forward = Callable[[CausalLM, DecodeState, Int[Array, " batch"], Controls], Step]
+
+
+@partial(jax.jit, donate_argnames="cache")
 def begin(
     logits: Float[Array, "batch vocab"],
     cache: Cache,
     lengths: Int[Array, " batch"],
     remaining: Int[Array, " batch"],
-    keys: Key[Array, " batch"],
+    noise: Key[Array, " batch"],
     seen: Bool[Array, "batch seen_vocab"],
     forced: Int[Array, " batch"],
     controls: Controls,
-    *,
-    program: Program,
 ) -> tuple[DecodeState, Chosen]:
     """The state after the prompts: the first token of every row is chosen from the prefill's logits."""
-    idle = jnp.zeros_like(lengths)
+    none = jnp.zeros_like(lengths)
     entropy = jnp.zeros(lengths.shape, jnp.float32)
-    state = DecodeState(idle, lengths - 1, cache, remaining <= 0, remaining, keys, seen, entropy)
-    depth = jnp.full_like(lengths, program.structure.num_layers)
-    chosen = _choose(logits, state, forced, controls, program)._replace(layers_run=depth)
-    return _advance(state, chosen, _output_entropy(logits, program.structure), controls.eos)
+    state = DecodeState(none, lengths - 1, cache, remaining <= 0, remaining, noise, seen, entropy)
+    spent = Spent(jnp.full_like(lengths, controls.policy.num_layers), none, jnp.zeros_like(entropy))
+    chosen = _choose(logits, state, forced, controls, spent)
+    return _advance(state, chosen, _output_entropy(logits, controls.policy), controls.eos), chosen
 
 
-def decode_step(
-    model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls, program: Program
-) -> tuple[DecodeState, Chosen]:
-    """Run each row's pending token through the layers and choose the one after it.
-
-    With every mechanism off it holds no conditional.
-    """
-    return _commit(state, _think(model, state, forced, controls, program), controls.eos)
-
-
-@partial(jax.jit, static_argnames="program", donate_argnames="state")
+@partial(jax.jit, donate_argnames="state")
 def decode_chunk(
-    model: CausalLM,
-    state: DecodeState,
-    forced: Int[Array, "steps batch"],
-    controls: Controls,
-    *,
-    program: Program,
+    model: CausalLM, state: DecodeState, forced: Int[Array, "steps batch"], controls: Controls
 ) -> tuple[DecodeState, Chunk]:
     """As many decode steps as `forced` has rows; once every row is done the remaining ones run no layer.
 
@@ -138,38 +132,58 @@ def decode_chunk(
     is scored by the very program that generates it.
     """
 
-    def body(state: DecodeState, forced: Int[Array, " batch"]) -> tuple[DecodeState, tuple[Chosen, Work]]:
-        think = partial(_think, controls=controls, program=program)
-        thought = jax.lax.cond(state.done.all(), partial(_idle, think), think, model, state, forced)
-        state, chosen = _commit(state, thought, controls.eos)
-        return state, (chosen, thought.work)
+    def step(state: DecodeState, forced: Int[Array, " batch"]) -> tuple[DecodeState, tuple[Chosen, Work]]:
+        return decode_step(model, state, forced, controls, run=_unless_done)
 
-    state, (chosen, work) = jax.lax.scan(body, state, forced)
+    state, (chosen, work) = jax.lax.scan(step, state, forced)
     filled = jnp.stack([layer.lengths.max() for layer in state.cache])
     return state, Chunk(chosen, work, filled)
 
 
-def _think(
-    model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls, program: Program
-) -> _Thought:
+def forward(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
     """All the reading of a step: the next tokens, and the keys and values to write.
 
-    The cache is read here and written in `_commit`: a conditional that returned it would have to copy it.
+    The cache is read here and written in `decode_step`: a conditional that returned it would have to copy it.
     """
-    structure, thresholds = program.structure, controls.thresholds
-    protected = is_special(state.tokens, thresholds.special_ids) | (state.positions < structure.protect_first)
+    policy = controls.policy
+    protected = policy.protection.of_generated(state.tokens, state.positions)
     context = Context(state.tokens, state.positions[:, None], protected, state.done, state.entropy)
-    rows, written, work = descend(model, state.cache, context, structure, thresholds)
+    rows, new_slots, work = descend(model, state.cache, context, policy)
     logits = model.head(rows.hidden_states[:, 0])
-    chosen = _choose(logits, state, forced, controls, program)
-    chosen = chosen._replace(layers_run=rows.layers_run, bits_read=rows.bits_read, signal=rows.signal)
-    return _Thought(chosen, _output_entropy(logits, structure), written, work)
+    spent = Spent(rows.layers_run, rows.bits_read, rows.signal)
+    chosen = _choose(logits, state, forced, controls, spent)
+    return Step(chosen, _output_entropy(logits, policy), new_slots, work)
 
 
-def _idle(think: partial, model: CausalLM, state: DecodeState, forced: Int[Array, " batch"]) -> _Thought:
-    """What `_think` would return, as zeros."""
-    shapes = jax.eval_shape(think, model, state, forced)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _unless_done(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
+    """`forward`, or zeros in its place where every row is done."""
+
+    def idle(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
+        shapes = jax.eval_shape(forward, model, state, forced, controls)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    return jax.lax.cond(state.done.all(), idle, forward, model, state, forced, controls)
+
+
+def decode_step(
+    model: CausalLM,
+    state: DecodeState,
+    forced: Int[Array, " batch"],
+    controls: Controls,
+    *,
+    run: Forward = forward,
+) -> tuple[DecodeState, tuple[Chosen, Work]]:
+    """Run each row's pending token through the layers, write its keys and values, and choose the token after it.
+
+    With every mechanism off it holds no conditional, but what `run`, in place of `forward`, brings along.
+    """
+    step, positions = run(model, state, forced, controls), state.positions[:, None]
+    cache = tuple(
+        append(layer, new.k, new.v, positions, new.writes)
+        for layer, new in zip(state.cache, step.new_slots, strict=True)
+    )
+    state = _advance(replace(state, cache=cache), step.chosen, step.entropy, controls.eos)
+    return state, (step.chosen, step.work)
 
 
 def _choose(
@@ -177,50 +191,38 @@ def _choose(
     state: DecodeState,
     forced: Int[Array, " batch"],
     controls: Controls,
-    program: Program,
+    spent: Spent,
 ) -> Chosen:
     """The next token and its log-probability. Keyed by row and position, never by batch mates or chunk."""
-    plan = program.sampling
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions) if plan.do_sample else state.keys
-    tokens = next_tokens(logits, state.seen, keys, controls.settings, plan)
+    sampling = controls.sampling
+    noise = jax.vmap(jax.random.fold_in)(state.noise, state.positions) if sampling.do_sample else state.noise
+    tokens = next_tokens(logits, state.seen, noise, sampling)
     tokens = jnp.where(forced >= 0, forced, tokens)
     logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_normaliser(logits)
-    zeros = jnp.zeros_like(tokens)
-    kept = logits if program.keep_logits else logits[:, :0]
-    return Chosen(tokens, logprobs, ~state.done, zeros, zeros, jnp.zeros_like(logprobs), kept)
+    kept = logits if controls.keep_logits else logits[:, :0]
+    return Chosen(tokens, logprobs, ~state.done, *spent, kept)
 
 
-def _output_entropy(logits: Float[Array, "batch vocab"], structure: Structure) -> Float[Array, " batch"]:
-    return entropy_bits(logits) if structure.needs_output_entropy else jnp.zeros(logits.shape[0], jnp.float32)
-
-
-def _commit(state: DecodeState, thought: _Thought, eos: Int[Array, " slots"]) -> tuple[DecodeState, Chosen]:
-    positions = state.positions[:, None]
-    cache = tuple(
-        append(layer, new.k, new.v, positions, new.writes)
-        for layer, new in zip(state.cache, thought.written, strict=True)
-    )
-    return _advance(replace(state, cache=cache), thought.chosen, thought.entropy, eos)
+def _output_entropy(logits: Float[Array, "batch vocab"], policy: BoundPolicy) -> Float[Array, " batch"]:
+    return entropy_bits(logits) if policy.remembers else jnp.zeros(logits.shape[0], jnp.float32)
 
 
 def _advance(
     state: DecodeState, chosen: Chosen, entropy: Float[Array, " batch"], eos: Int[Array, " slots"]
-) -> tuple[DecodeState, Chosen]:
+) -> DecodeState:
     """Make the chosen tokens the pending ones and see which rows end with them."""
-    live, tokens = ~state.done, chosen.tokens
+    live, tokens, seen = ~state.done, chosen.tokens, state.seen
     remaining = state.remaining - live.astype(jnp.int32)
-    seen = state.seen
     if seen.shape[1]:
         rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         seen = seen.at[rows, jnp.where(live, tokens, seen.shape[1])].set(True, mode="drop")
-    state = replace(
+    return replace(
         state,
         tokens=jnp.where(live, tokens, state.tokens),
         positions=state.positions + live.astype(jnp.int32),
         # a logit that is NaN or infinite makes the normaliser so, and with it every log-probability of the row
-        done=state.done | is_eos(tokens, eos) | (remaining <= 0) | ~jnp.isfinite(chosen.logprobs),
+        done=state.done | is_in(tokens, eos) | (remaining <= 0) | ~jnp.isfinite(chosen.logprobs),
         remaining=remaining,
         seen=seen,
         entropy=entropy,
     )
-    return state, chosen._replace(emitted=live)

@@ -4,9 +4,10 @@ The host reads after every stage how many tokens go on and picks the smallest bu
 and fusion remove real work with a handful of compiled programs. With both off there is a single stage of all layers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.ledger import StagePass
 from qs_jax.cache import Cache, LayerCache, allocate, bucket, grow
-from qs_jax.engine.stage import Tokens, Verdict, enter, leave, regroup, run_stage
+from qs_jax.config import ModelConfig
+from qs_jax.engine.stage import Decision, Tokens, embed_piece, last_logits, regroup, run_stage
 from qs_jax.models.base import CausalLM
 
 PIECE = 1024
@@ -31,28 +33,61 @@ _WIDTHS_PER_OCTAVE = 2
 
 grow_jit = jax.jit(grow, static_argnames="capacities")
 
+Counts = Int[np.ndarray, " batch"]
+Places = Int[np.ndarray, "batch tokens"]
+PerToken = Bool[np.ndarray, "batch tokens"]
+
 
 @dataclass
 class PromptTrace:
-    """Per row and prompt token: layers run, the token it was fused into (-1: none), and what it showed when judged."""
+    """Per row and prompt token: layers run, the token it was fused into (-1: none), and what it showed at the last
+    decision about it."""
 
     layers_run: list[Int[np.ndarray, " tokens"]]
     fused_with: list[Int[np.ndarray, " tokens"]]
     signal: list[Float[np.ndarray, " tokens"]]
 
+    @classmethod
+    def dense(cls, lengths: Counts, depth: int) -> "PromptTrace":
+        """Of tokens that nothing was decided about."""
+        return cls(
+            [np.full(n, depth, np.int32) for n in lengths],
+            [np.full(n, -1, np.int32) for n in lengths],
+            [np.zeros(n, np.float32) for n in lengths],
+        )
 
-@dataclass
+    def note(self, decision: Decision, valid: PerToken, origins: Places, *, layer: int, halting: bool) -> None:
+        """Take in what was decided after `layer` layers about the valid tokens, which stand at these places of the
+        prompt; if not `halting`, they were only asked to fuse and showed nothing. All arrays are the host's."""
+        for row in range(len(valid)):
+            if halting:
+                self.signal[row][origins[row, valid[row]]] = decision.signal[row, valid[row]]
+            self.layers_run[row][origins[row, decision.halts[row]]] = layer
+            gone = np.flatnonzero(decision.absorbed[row])
+            self.layers_run[row][origins[row, gone]] = layer
+            self.fused_with[row][origins[row, gone]] = origins[row, gone + 1]
+
+
+class Piece(NamedTuple):
+    """Tokens start … start + width - 1 of every row, as they were run."""
+
+    start: int
+    width: int
+    passes: tuple[StagePass, ...]
+
+
+@dataclass(frozen=True)
 class Prefilled:
     """The cache after the prompts, the logits that follow each, and what it took.
 
-    `written` is, per layer and row, the number of slots filled.
+    `filled` is, per layer and row, the number of slots that hold a token.
     """
 
     logits: Float[Array, "batch vocab"]
     cache: Cache
-    written: Int[np.ndarray, "layers batch"]
+    filled: Int[np.ndarray, "layers batch"]
     trace: PromptTrace
-    passes: list[StagePass] = field(default_factory=list)
+    pieces: tuple[Piece, ...]
 
 
 def first_capacity(filled: int, new_tokens: int, chunk: int, limit: int) -> int:
@@ -67,142 +102,91 @@ def piece_width(tokens: int, limit: int) -> int:
 
 
 def prefill(
-    model: CausalLM, prompts: Sequence[Sequence[int]], bound: BoundPolicy, *, new_tokens: int, chunk: int
+    model: CausalLM, prompts: Sequence[Sequence[int]], policy: BoundPolicy, *, new_tokens: int, chunk: int
 ) -> Prefilled:
     """Run ragged prompts; row i of the result is what prompt i alone would give.
 
     Args:
         model: the network.
         prompts: token ids of every row.
-        bound: the policy.
+        policy: what decides which tokens go on.
         new_tokens: most tokens that will follow, and `chunk` how many at once: the cache has room for the first chunk.
     """
-    return _Prefill(model, prompts, bound, new_tokens, chunk).run()
+    config, lengths = model.config, np.asarray([len(prompt) for prompt in prompts], np.int32)
+    room = _Room(config, len(prompts), new_tokens, chunk, model.embedding.table.dtype, _biased(policy))
+    on_device, trace = jnp.asarray(lengths), PromptTrace.dense(lengths, policy.num_layers)
+    cache: list[LayerCache] = []
+    filled = np.zeros((policy.num_layers, len(prompts)), np.int32)
+    logits = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    pieces: list[Piece] = []
+    for start, width, ids in _cut(prompts, int(lengths.max()), config.max_position_embeddings):
+        active, resting = embed_piece(model, ids, jnp.int32(start), on_device, policy.protection), None
+        going, rested, passes = np.clip(lengths - start, 0, width), np.zeros_like(lengths), []
+        for first, stop in policy.stages:
+            needed = lengths if first == 0 else filled[first] + going + rested
+            layers = room.make(cache[first:stop], stop - first, int(needed.max()))
+            slots, resting_width = layers[0].capacity if start else 0, resting.ids.shape[1] if resting else 0
+            passes.append(StagePass(first, stop, len(prompts), active.ids.shape[1], resting_width, slots))
+            active, resting, layers, decision = run_stage(
+                model, active, resting, layers, policy, start=first, stop=stop, fresh=start == 0
+            )
+            cache[first:stop] = layers
+            filled[first:stop] += going + rested
+            if decision is not None:
+                halting = policy.prompt_halting is not None and stop in policy.prompt_halting.layers
+                taken, valid, origins = jax.device_get((decision, active.valid, active.origins))
+                trace.note(taken, valid, origins, layer=stop, halting=halting)
+                if (taken.halts | taken.absorbed).any():
+                    going = (valid & ~taken.halts & ~taken.absorbed).sum(axis=1, dtype=np.int32)
+                    rested = rested + policy.kv_rule.keeps_slots * taken.halts.sum(axis=1, dtype=np.int32)
+                    active, resting = _regrouped(active, resting, decision, going, rested)
+        logits = last_logits(model, active, on_device, logits)
+        pieces.append(Piece(start, width, tuple(passes)))
+    return Prefilled(logits, tuple(cache), filled, trace, tuple(pieces))
 
 
-class _Prefill:
-    """The host's side of one prefill."""
-
-    def __init__(
-        self, model: CausalLM, prompts: Sequence[Sequence[int]], bound: BoundPolicy, new_tokens: int, chunk: int
-    ):
-        self.model, self.prompts, self.bound = model, prompts, bound
-        self.new_tokens, self.chunk = new_tokens, chunk
-        self.lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-        depth, config = bound.structure.num_layers, model.config
-        self.cache: list[LayerCache | None] = [None] * depth
-        self.result = Prefilled(
-            logits=jnp.zeros((len(prompts), config.vocab_size), jnp.float32),
-            cache=(),
-            written=np.zeros((depth, len(prompts)), np.int32),
-            trace=PromptTrace(
-                [np.full(n, depth, np.int32) for n in self.lengths],
-                [np.full(n, -1, np.int32) for n in self.lengths],
-                [np.zeros(n, np.float32) for n in self.lengths],
-            ),
-        )
-
-    def run(self) -> Prefilled:
-        longest = int(self.lengths.max())
-        for start in range(0, longest, PIECE):
-            self._piece(start, piece_width(longest - start, self.model.config.max_position_embeddings))
-        self.result.cache = tuple(layer for layer in self.cache if layer is not None)
-        return self.result
-
-    def _piece(self, start: int, width: int) -> None:
-        """Tokens start … start + width - 1 of every row through all stages."""
-        bound, lengths = self.bound, jnp.asarray(self.lengths)
-        ids = np.zeros((len(self.prompts), width), np.int32)
-        for row, prompt in enumerate(self.prompts):
+def _cut(
+    prompts: Sequence[Sequence[int]], longest: int, limit: int
+) -> Iterator[tuple[int, int, Int[np.ndarray, "batch width"]]]:
+    """The pieces of the prompts: where each starts, its width, and its ids, with zeros behind the ends of rows."""
+    for start in range(0, longest, PIECE):
+        width = piece_width(longest - start, limit)
+        ids = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
             part = prompt[start : start + width]
             ids[row, : len(part)] = part
-        active = enter(self.model, ids, jnp.int32(start), lengths, bound.thresholds, structure=bound.structure)
-        going = np.clip(self.lengths - start, 0, width)
-        resting, rested = None, np.zeros_like(going)
-        for first, stop in bound.structure.stages:
-            cache = self._room(first, stop, going + rested)
-            self.result.passes.append(
-                StagePass(
-                    start=first,
-                    stop=stop,
-                    rows=len(going),
-                    tokens=active.ids.shape[1],
-                    resting=resting.ids.shape[1] if resting else 0,
-                    slots=cache[0].capacity if start else 0,
-                )
-            )
-            active, resting, cache, verdict = run_stage(
-                self.model,
-                active,
-                resting,
-                cache,
-                bound.thresholds,
-                structure=bound.structure,
-                start=first,
-                stop=stop,
-                fresh=start == 0,
-            )
-            self.cache[first:stop] = cache
-            self.result.written[first:stop] += going + rested
-            if verdict is not None:
-                active, resting, going, rested = self._regroup(active, resting, verdict, stop, rested)
-        self.result.logits = leave(self.model, active, lengths, self.result.logits)
+        yield start, width, ids
 
-    def _room(self, first: int, stop: int, added: Int[np.ndarray, " batch"]) -> Cache:
-        """The caches of a stage's layers, made or grown for the tokens about to come and those to follow."""
-        config = self.model.config
-        written = int((self.result.written[first] + added).max())
-        if first == 0:
-            written = int(self.lengths.max())
-        capacity = first_capacity(written, self.new_tokens, self.chunk, config.max_position_embeddings)
-        fusion = self.bound.structure.fusion
-        layers = [layer for layer in self.cache[first:stop] if layer is not None]
+
+def _biased(policy: BoundPolicy) -> bool:
+    return policy.fusion is not None and policy.fusion.size_bias
+
+
+class _Room(NamedTuple):
+    """Makes and grows the caches of layers, for tokens about to come and the first of those to follow."""
+
+    config: ModelConfig
+    rows: int
+    new_tokens: int
+    chunk: int
+    dtype: jnp.dtype
+    biased: bool
+
+    def make(self, layers: Sequence[LayerCache], count: int, filled: int) -> Cache:
+        """The caches of `count` layers, none of which may be there yet, with room for `filled` slots and more."""
+        capacity = first_capacity(filled, self.new_tokens, self.chunk, self.config.max_position_embeddings)
         if not layers:
-            make = partial(
-                allocate, config, len(self.prompts), capacity, self.model.embedding.table.dtype,
-                biased=fusion is not None and fusion.size_bias,
-            )  # fmt: skip
-            return tuple(make() for _ in range(first, stop))
+            make = partial(allocate, self.config, self.rows, capacity, self.dtype, biased=self.biased)
+            return tuple(make() for _ in range(count))
         if layers[0].capacity >= capacity:
             return tuple(layers)
-        return grow_jit(tuple(layers), capacities=(capacity,) * len(layers))
+        return grow_jit(tuple(layers), capacities=(capacity,) * count)
 
-    def _regroup(
-        self,
-        active: Tokens,
-        resting: Tokens | None,
-        verdict: Verdict,
-        layer: int,
-        rested: Int[np.ndarray, " batch"],
-    ) -> tuple[Tokens, Tokens | None, Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
-        """Gather the tokens that go on into the smallest bucket; returns the groups and each row's counts of both."""
-        halted, absorbed, signal, valid, origins = jax.device_get((*verdict, active.valid, active.origins))
-        self._note(halted, absorbed, signal, valid, origins, layer)
-        going = (valid & ~halted & ~absorbed).sum(axis=1, dtype=np.int32)
-        if not (halted | absorbed).any():
-            return active, resting, going, rested
-        if self.bound.structure.kv_rule != "drop":
-            rested = rested + halted.sum(axis=1, dtype=np.int32)
-        width = bucket(int(going.max()), valid.shape[1], smallest=_SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
-        rest_width = bucket(int(rested.max()), PIECE, smallest=_SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
-        active, resting = regroup(active, resting, verdict, width=width, rest_width=rest_width if rested.any() else 0)
-        return active, resting, going, rested
 
-    def _note(
-        self,
-        halted: Bool[np.ndarray, "batch tokens"],
-        absorbed: Bool[np.ndarray, "batch tokens"],
-        signal: Float[np.ndarray, "batch tokens"],
-        valid: Bool[np.ndarray, "batch tokens"],
-        origins: Int[np.ndarray, "batch tokens"],
-        layer: int,
-    ) -> None:
-        """Write a verdict into the trace."""
-        trace, halting = self.result.trace, self.bound.structure.prompt
-        for row in range(len(valid)):
-            if halting is not None and layer in halting.layers:  # else tokens were only asked to fuse
-                trace.signal[row][origins[row, valid[row]]] = signal[row, valid[row]]
-            trace.layers_run[row][origins[row, halted[row]]] = layer
-            gone = np.flatnonzero(absorbed[row])
-            trace.layers_run[row][origins[row, gone]] = layer
-            trace.fused_with[row][origins[row, gone]] = origins[row, gone + 1]
+def _regrouped(
+    active: Tokens, resting: Tokens | None, decision: Decision, going: Counts, rested: Counts
+) -> tuple[Tokens, Tokens | None]:
+    """The tokens that go on in the smallest bucket that holds them, and likewise those that rest."""
+    fit = partial(bucket, smallest=_SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
+    rest_width = fit(int(rested.max()), PIECE) if rested.any() else 0
+    return regroup(active, resting, decision, width=fit(int(going.max()), active.ids.shape[1]), rest_width=rest_width)

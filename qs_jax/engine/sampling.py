@@ -1,7 +1,7 @@
 """From logits to the next token: Hugging Face's logits processors, in its order, as traced arithmetic."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,20 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 Scalar = Float[Array, "*#batch"]
 
+_STATIC = {"static": True}
+
 _BLOCK = 512
 """Entries of the vocabulary that are reduced at once."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SamplingSettings:
-    """Numbers that shape the next-token distribution; traced, so changing one compiles nothing.
+class Sampling:
+    """What shapes the next-token distribution. Numbers are traced, so that changing one compiles nothing.
 
-    Each is one number or one per row. Neutral: temperature 1, top_k 0, top_p 1, min_p 0, repetition_penalty 1.
+    Each number is one for all rows or one per row. Neutral: temperature 1, top_k 0, top_p 1, min_p 0,
+    repetition_penalty 1. What the compiled step contains is static: greedy decoding (`do_sample` false) holds no
+    sampling code, and without `penalise` there is no table of seen tokens.
     """
 
     temperature: Scalar
@@ -26,55 +30,70 @@ class SamplingSettings:
     top_p: Scalar
     min_p: Scalar
     repetition_penalty: Scalar
+    do_sample: bool = field(default=False, metadata=_STATIC)
+    penalise: bool = field(default=False, metadata=_STATIC)
 
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """What the compiled step contains. Static: greedy decoding holds no sampling code, no table of seen tokens."""
-
-    do_sample: bool = False
-    penalise: bool = False
+    @classmethod
+    def of(
+        cls,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> "Sampling":
+        """The same numbers for all rows; neutral and greedy unless said otherwise."""
+        return cls(
+            temperature=jnp.float32(temperature),
+            top_k=jnp.int32(top_k),
+            top_p=jnp.float32(top_p),
+            min_p=jnp.float32(min_p),
+            repetition_penalty=jnp.float32(repetition_penalty),
+            do_sample=do_sample,
+            penalise=repetition_penalty != 1.0,
+        )
 
 
 def process_logits(
-    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], settings: SamplingSettings
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], sampling: Sampling
 ) -> Float[Array, "batch vocab"]:
     """Repetition penalty, temperature, top-k, top-p, min-p; -inf where a token is ruled out.
 
     `seen` marks the tokens of the row's prompt and output. The order and every inequality are those of Hugging
     Face's `LogitsProcessor` classes, so scores are equal to theirs; ties at a threshold are all kept.
     """
-    scores = penalise(logits, seen, settings) / _column(settings.temperature)
-    scores = _keep_top_k(scores, _column(settings.top_k))
-    scores = _keep_top_p(scores, _column(settings.top_p))
+    scores = penalise(logits, seen, sampling) / _column(sampling.temperature)
+    scores = _keep_top_k(scores, _column(sampling.top_k))
+    scores = _keep_top_p(scores, _column(sampling.top_p))
     probabilities = jax.nn.softmax(scores, axis=-1)
-    floor = _column(settings.min_p) * probabilities.max(axis=-1, keepdims=True)
+    floor = _column(sampling.min_p) * probabilities.max(axis=-1, keepdims=True)
     return jnp.where(probabilities < floor, -jnp.inf, scores)
 
 
 def penalise(
-    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], settings: SamplingSettings
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], sampling: Sampling
 ) -> Float[Array, "batch vocab"]:
     """Make tokens that already occurred less likely (CTRL, arXiv 1909.05858)."""
-    penalty = _column(settings.repetition_penalty)
+    penalty = _column(sampling.repetition_penalty)
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def next_tokens(
     logits: Float[Array, "batch vocab"],
     seen: Bool[Array, "batch seen_vocab"],
-    keys: Key[Array, " batch"],
-    settings: SamplingSettings,
-    plan: SamplingPlan,
+    noise: Key[Array, " batch"],
+    sampling: Sampling,
 ) -> Int[Array, " batch"]:
-    """Choose one token per row: the most likely, or a sample drawn with the row's own key (Gumbel-max)."""
-    if not plan.do_sample:
-        scores = penalise(logits, seen, settings) if plan.penalise else logits
+    """Choose one token per row: the most likely, or a sample drawn with the row's own noise (Gumbel-max)."""
+    if not sampling.do_sample:
+        scores = penalise(logits, seen, sampling) if sampling.penalise else logits
         return most_likely(scores)
-    if not plan.penalise:
+    if not sampling.penalise:
         seen = jnp.zeros(logits.shape, bool)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    return most_likely(process_logits(logits, seen, settings) + noise)
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(noise)
+    return most_likely(process_logits(logits, seen, sampling) + gumbel)
 
 
 def most_likely(scores: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:

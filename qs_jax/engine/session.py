@@ -10,14 +10,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from qs_jax.adaptive.binding import BoundPolicy
-from qs_jax.adaptive.ledger import Costs, Ledger
+from qs_jax.adaptive.costs import Costs
+from qs_jax.adaptive.ledger import Ledger
 from qs_jax.cache import bucket
+from qs_jax.choices import FULL
 from qs_jax.engine.compilation import METER
-from qs_jax.engine.decode import Chosen, Chunk, Controls, DecodeState, Program, begin, decode_chunk
-from qs_jax.engine.prefill import PIECE, Prefilled, first_capacity, grow_jit, piece_width, prefill
-from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
-from qs_jax.engine.stopping import eos_array
+from qs_jax.engine.decode import Chosen, Controls, DecodeState, begin, decode_chunk
+from qs_jax.engine.meter import Meter
+from qs_jax.engine.prefill import Prefilled, first_capacity, grow_jit, prefill
+from qs_jax.engine.sampling import Sampling
 from qs_jax.models.base import CausalLM
+from qs_jax.token_set import token_set
 
 _FEWEST_ROWS_TO_SHRINK = 4
 _CHUNKS_WORTH_SHRINKING = 2
@@ -37,8 +40,7 @@ class Request:
     max_new_tokens: int
     eos_token_ids: Sequence[int]
     seeds: Sequence[tuple[int, int]]
-    settings: SamplingSettings
-    plan: SamplingPlan
+    sampling: Sampling
     chunk_size: int
     policy: BoundPolicy
     forced: Sequence[Sequence[int]] | None = None
@@ -67,20 +69,24 @@ class _Batch:
 class Session:
     """Runs a request. Iterate `chunks()`; call `finish(row)` between chunks to end a row early."""
 
-    def __init__(self, model: CausalLM, request: Request, *, bits: int = 8):
-        self.model = model
-        self.request = request
-        self.structure = request.policy.structure
-        self.ledger = Ledger(Costs.of(model), self.structure, bits)
+    def __init__(self, model: CausalLM, request: Request, *, bits: int = FULL):
+        limit = model.config.max_position_embeddings
+        room = first_capacity(request.longest, request.max_new_tokens, request.chunk_size, limit)
+        self.model, self.request = model, request
         self.prefilled: Prefilled | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.decode_steps = 0
-        self._twin_capacity = 0
+        self._meter = Meter(Costs.of(model), request.policy, twin_capacity=room, limit=limit, bits=bits)
         self._compiled_before = METER.reading()
         self._finished: set[int] = set()
-        self._controls = Controls(request.settings, eos_array(request.eos_token_ids), request.policy.thresholds)
-        self._program = Program(request.plan, self.structure, request.keep_logits)
+        self._controls = Controls(
+            request.sampling, token_set(request.eos_token_ids), request.policy, keep_logits=request.keep_logits
+        )
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._meter.ledger
 
     @property
     def compile_seconds(self) -> float:
@@ -93,70 +99,56 @@ class Session:
     def chunks(self) -> Iterator[Chosen]:
         """What was chosen, as host arrays (steps, rows); the first chunk is the prefill's single step."""
         started = time.perf_counter()
-        state, first = self._begin()
+        prefilled, state, first = self._begin()
         chosen, done = jax.device_get((first, state.done))
         self.prefill_seconds = time.perf_counter() - started
-        batch = _Batch(np.arange(self.request.rows), done, self._prefilled_slots())
+        batch = _Batch(np.arange(self.request.rows), done, prefilled.filled.max(axis=1).tolist())
         yield jax.tree.map(lambda leaf: leaf[None], chosen)
         while True:
             state = self._apply_finished(state, batch)
             if batch.done.all():
                 return
             started = time.perf_counter()
-            state = self._make_room(self._shrink(state, batch), batch)
+            left = min(self.request.chunk_size, self.request.max_new_tokens - 1 - self.decode_steps)
+            longest = self.request.longest + self.decode_steps + left
+            state = self._make_room(self._shrink(state, batch), batch, left)
             capacities = [layer.capacity for layer in state.cache]
-            state, chunk = decode_chunk(self.model, state, self._forced(batch), self._controls, program=self._program)
+            state, chunk = decode_chunk(self.model, state, self._forced(batch), self._controls)
             chunk, done = jax.device_get((chunk, state.done))
             self.decode_seconds += time.perf_counter() - started
-            self._count(chunk, capacities)
+            self.decode_steps += self._meter.decode(chunk, capacities, longest)
             batch.done, batch.slots = done, chunk.filled.tolist()
             yield self._spread(chunk.chosen, batch.rows)
 
-    def _begin(self) -> tuple[DecodeState, Chosen]:
+    def _begin(self) -> tuple[Prefilled, DecodeState, Chosen]:
         request = self.request
         prefilled = prefill(
             self.model, request.prompts, request.policy, new_tokens=request.max_new_tokens, chunk=request.chunk_size
         )
         self.prefilled = prefilled
-        self._count_prefill(prefilled)
-        self.ledger.add_output_entropy(request.rows)
+        self._meter.prefill(prefilled, rows=request.rows)
         rows = [index for index in range(len(request.prompts)) for _ in range(request.copies)]
         lengths = np.asarray([len(request.prompts[row]) for row in rows], np.int32)
-        seen = np.zeros((len(rows), self.model.config.vocab_size if request.plan.penalise else 0), bool)
-        if request.plan.penalise:
+        penalises = request.sampling.penalise
+        seen = np.zeros((len(rows), self.model.config.vocab_size if penalises else 0), bool)
+        if penalises:
             for row, prompt in enumerate(rows):
                 seen[row, list(request.prompts[prompt])] = True
         logits, cache = prefilled.logits, prefilled.cache
         if request.copies > 1:
             logits, cache = _take_rows((logits, cache), np.asarray(rows))
         forced = [tokens[0] for tokens in request.forced] if request.forced else [-1] * len(rows)
-        return begin(
+        state, chosen = begin(
             logits,
             cache,
             jnp.asarray(lengths),
             jnp.full(len(rows), request.max_new_tokens, jnp.int32),
-            _row_keys(request.seeds),
+            _row_noise(request.seeds),
             jnp.asarray(seen),
             jnp.asarray(forced, jnp.int32),
             self._controls,
-            program=self._program,
         )
-
-    def _count_prefill(self, prefilled: Prefilled) -> None:
-        request, limit = self.request, self.model.config.max_position_embeddings
-        self._twin_capacity = first_capacity(request.longest, request.max_new_tokens, request.chunk_size, limit)
-        twin = []
-        for start in range(0, request.longest, PIECE):
-            width = piece_width(request.longest - start, limit)
-            twin.append((width, self._twin_capacity if start else 0))
-        self.ledger.add_prefill(prefilled.passes, twin, len(request.prompts))
-        layers = sum(int(row.sum()) for row in prefilled.trace.layers_run)
-        tokens, slots = sum(map(len, request.prompts)), int(prefilled.written.sum())
-        self.ledger.add_tokens(prompt=True, layers=layers, bits=0, tokens=tokens, slots=slots)
-
-    def _prefilled_slots(self) -> list[int]:
-        assert self.prefilled is not None
-        return self.prefilled.written.max(axis=1).tolist()
+        return prefilled, state, chosen
 
     def _apply_finished(self, state: DecodeState, batch: _Batch) -> DecodeState:
         finished = np.isin(batch.rows, list(self._finished))
@@ -180,17 +172,14 @@ class Session:
         batch.rows, batch.done = batch.rows[kept], batch.done[kept]
         return _take_rows(state, kept)
 
-    def _make_room(self, state: DecodeState, batch: _Batch) -> DecodeState:
-        """Grow each layer that the next chunk could overflow; the host checked that the model's limit holds."""
-        request, limit = self.request, self.model.config.max_position_embeddings
-        left = min(request.chunk_size, request.max_new_tokens - 1 - self.decode_steps)
+    def _make_room(self, state: DecodeState, batch: _Batch, left: int) -> DecodeState:
+        """Grow each layer that the next chunk, of `left` steps, could overflow; the host checked that the model's limit
+        holds."""
+        limit = self.model.config.max_position_embeddings
         capacities = tuple(
             max(layer.capacity, bucket(filled + left, limit)) if filled + left > layer.capacity else layer.capacity
             for layer, filled in zip(state.cache, batch.slots, strict=True)
         )
-        needed = request.longest + self.decode_steps + left
-        if needed > self._twin_capacity:
-            self._twin_capacity = bucket(needed, limit)
         if all(new == layer.capacity for new, layer in zip(capacities, state.cache, strict=True)):
             return state
         return replace(state, cache=grow_jit(state.cache, capacities=capacities))
@@ -217,26 +206,15 @@ class Session:
 
         return jax.tree.map(spread, chosen)
 
-    def _count(self, chunk: Chunk, capacities: Sequence[int]) -> None:
-        chosen = chunk.chosen
-        steps, rows = int(chosen.emitted.any(axis=1).sum()), chosen.emitted.shape[1]
-        self.decode_steps += steps
-        self.ledger.add_decode(chunk.work, steps, rows, capacities, self._twin_capacity)
-        emitted, depth = chosen.emitted, self.structure.num_layers
-        layers, tokens = int(chosen.layers_run[emitted].sum()), int(emitted.sum())
-        slots = layers if self.structure.kv_rule == "drop" else depth * tokens
-        bits = int(chosen.bits_read[emitted].sum())
-        self.ledger.add_tokens(prompt=False, layers=layers, bits=bits, tokens=tokens, slots=slots)
-
 
 _take_rows = jax.jit(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree))
 
 
 @jax.jit
-def _keys_of(seeds: Int[Array, "batch 2"]) -> Key[Array, " batch"]:
+def _noise_of(seeds: Int[Array, "batch 2"]) -> Key[Array, " batch"]:
     return jax.vmap(lambda pair: jax.random.fold_in(jax.random.key(pair[0]), pair[1]))(seeds)
 
 
-def _row_keys(seeds: Sequence[tuple[int, int]]) -> Key[Array, " batch"]:
-    """One key per row, from the seed asked for and the sequence's number: batch mates play no part."""
-    return _keys_of(jnp.asarray(np.asarray(seeds, np.int64) % 2**31, jnp.int32))
+def _row_noise(seeds: Sequence[tuple[int, int]]) -> Key[Array, " batch"]:
+    """One source per row, from the seed asked for and the sequence's number: batch mates play no part."""
+    return _noise_of(jnp.asarray(np.asarray(seeds, np.int64) % 2**31, jnp.int32))

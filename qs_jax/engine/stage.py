@@ -1,7 +1,27 @@
-"""The compiled parts of prefill: enter, run a stage of layers, judge, regroup, leave.
+"""The compiled parts of prefill: embed a piece, run a stage of layers and decide, regroup, take the logits.
 
-Between two stages tokens halt or fuse, and the host gathers those that go on into a smaller bucket: the work of the
-others disappears. Halted tokens whose keys and values deeper layers still want form a second group, the resting ones.
+Between two stages prompt tokens halt or fuse, and the host gathers those that go on into a smaller bucket: the work of
+the others disappears.
+
+What a prompt token can be:
+
+| state | what happens to it | how it becomes so |
+|---|---|---|
+| padding | nothing: it is not `valid`, and fills the bucket | behind the prompt, or left over by a gathering |
+| active | runs the layer | from the first layer on |
+| halted | takes no further compute | the policy decided after a stage |
+| resting | forms the second group, of which the K/V rule leaves keys and values | by halting, but under `drop` |
+| absorbed | gone: it went on in its right neighbour | by fusion, among the tokens that go on |
+| protected | neither halts nor fuses | a prompt's first and last tokens, special ones |
+
+Six tokens, after a stage in which b and e halt and d goes into e's right neighbour f; a bucket holds four:
+
+    before      active  | a | b | c | d | e | f |
+    after       active  | a | c | f'| - |              f' stands for d and f; - is padding
+                resting | b | e | - | - |              under `drop` there is no such group
+    next layer's cache  | a | c | f'| b | e |          slots in the order they were written, each with its position
+
+Attention goes by position in the text, not by slot: c sees a and b, and f' sees all.
 """
 
 from collections.abc import Sequence
@@ -12,14 +32,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.adaptive import signals
-from qs_jax.adaptive.binding import Structure, Thresholds
-from qs_jax.adaptive.fusion import fuse, pairs
-from qs_jax.adaptive.halting import halts, is_special
+from qs_jax.adaptive.binding import BoundPolicy
+from qs_jax.adaptive.fusion import fuse
+from qs_jax.adaptive.protection import Protection
+from qs_jax.adaptive.signals import Evidence, Shown, probe_entropy
 from qs_jax.cache import Cache, LayerCache, append, segment
 from qs_jax.kernels import at_bits
 from qs_jax.models.attention import Segment, new_segment
-from qs_jax.models.base import Block, CausalLM
+from qs_jax.models.base import CausalLM, Heads, LayerOutput
 
 
 class Tokens(NamedTuple):
@@ -38,7 +58,7 @@ class Tokens(NamedTuple):
     protected: Bool[Array, "batch tokens"]
 
 
-class Verdict(NamedTuple):
+class Decision(NamedTuple):
     """After a stage, per token: does it halt, was it absorbed by its right neighbour, and what did it show."""
 
     halts: Bool[Array, "batch tokens"]
@@ -46,27 +66,24 @@ class Verdict(NamedTuple):
     signal: Float[Array, "batch tokens"]
 
 
-class _Last(NamedTuple):
-    """The last layer of a stage: what it was given, what it made of that, and its attention update."""
+class _Group(NamedTuple):
+    """Tokens in a layer, with the keys and values that others see of them."""
 
-    before: Float[Array, "batch tokens hidden"]
-    after: Float[Array, "batch tokens hidden"]
-    update: Float[Array, "batch tokens hidden"]
+    tokens: Tokens
+    k: Heads
+    v: Heads
 
 
-@partial(jax.jit, static_argnames="structure")
-def enter(
+@jax.jit
+def embed_piece(
     model: CausalLM,
     ids: Int[Array, "batch tokens"],
     start: Int[Array, ""],
     lengths: Int[Array, " batch"],
-    thresholds: Thresholds,
-    *,
-    structure: Structure,
+    protection: Protection,
 ) -> Tokens:
     """Tokens start … start + width - 1 of the prompts, embedded."""
     positions = start + jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    ends = (positions < structure.protect_first) | (positions >= lengths[:, None] - structure.protect_last)
     return Tokens(
         hidden_states=model.embed(ids, positions),
         ids=ids,
@@ -74,127 +91,116 @@ def enter(
         positions=positions,
         sizes=jnp.ones_like(ids),
         valid=positions < lengths[:, None],
-        protected=ends | is_special(ids, thresholds.special_ids),
+        protected=protection.of_prompt(ids, positions, lengths),
     )
 
 
-@partial(jax.jit, static_argnames=("structure", "start", "stop", "fresh"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("start", "stop", "fresh"), donate_argnames="cache")
 def run_stage(
     model: CausalLM,
     active: Tokens,
     resting: Tokens | None,
     cache: Cache,
-    thresholds: Thresholds,
+    policy: BoundPolicy,
     *,
-    structure: Structure,
     start: int,
     stop: int,
     fresh: bool,
-) -> tuple[Tokens, Tokens | None, Cache, Verdict | None]:
+) -> tuple[Tokens, Tokens | None, Cache, Decision | None]:
     """Layers `start` … `stop` - 1 for the active tokens; `cache` is those layers'.
 
-    `fresh` says that the cache holds nothing yet, so that attention does not look at it. There is no verdict after the
+    `fresh` says that the cache holds nothing yet, so that attention does not look at it. There is no decision after the
     last layer.
     """
-    layers = []
-    last = _Last(active.hidden_states, active.hidden_states, active.hidden_states)
+    layers, shown = [], Shown.by_none(active.hidden_states)
     for number, layer in enumerate(cache, start):
-        parts = _parts(model.blocks[number], number, structure)
-        active, after, layer, last = _layer(parts, layer, active, resting, structure, fresh=fresh)
-        if resting is not None and structure.carries_resting and number + 1 < structure.num_layers:
-            after = resting._replace(hidden_states=model.shortcut(number, resting.hidden_states))
-        resting = after
+        before = active.hidden_states
+        output, resting, layer = _layer(model, number, layer, active, resting, policy, fresh=fresh)
+        active, shown = active._replace(hidden_states=output.hidden_states), Shown.by(before, output)
         layers.append(layer)
-    if stop == structure.num_layers:
+    if stop == policy.num_layers:
         return active, resting, tuple(layers), None
-    active, verdict = _judge(model, active, last, structure, thresholds, stop)
-    return active, resting, tuple(layers), verdict
-
-
-def _parts(block: Block, number: int, structure: Structure) -> tuple[Block, Block]:
-    """A layer as the active tokens read it, and as the resting ones do."""
-    return block, at_bits(block, structure.shallow_bits) if structure.demotes(number) else block
+    active, decision = _decide(model, active, shown, policy, stop)
+    return active, resting, tuple(layers), decision
 
 
 def _layer(
-    parts: tuple[Block, Block],
+    model: CausalLM,
+    number: int,
     layer: LayerCache,
     active: Tokens,
     resting: Tokens | None,
-    structure: Structure,
+    policy: BoundPolicy,
     *,
     fresh: bool,
-) -> tuple[Tokens, Tokens | None, LayerCache, _Last]:
+) -> tuple[LayerOutput, Tokens | None, LayerCache]:
     """One layer for both groups; every token sees, of both and of the past, what stands before it."""
-    block, low = parts
+    block, rule = model.blocks[number], policy.kv_rule
     past = () if fresh else (segment(layer),)
-    k, v = block.kv(active.hidden_states, active.positions)
-    groups = [(active, k, v)]
+    running = _Group(active, *block.kv(active.hidden_states, active.positions))
+    groups = [running]
     if resting is not None:
-        rest_k, rest_v = low.kv(resting.hidden_states, resting.positions)  # under `zero` only their shapes survive
-        if structure.kv_rule == "zero":
-            rest_k, rest_v = jnp.zeros_like(rest_k), jnp.zeros_like(rest_v)
-        groups.append((resting, rest_k, rest_v))
-
-    def attended(block: Block, queries: Tokens) -> tuple[Array, Array]:
-        view = (*past, *(_seen_by(queries, tokens, k, v, structure) for tokens, k, v in groups))
-        update = block.attend(queries.hidden_states, queries.positions, view)
-        return update, block.finish(queries.hidden_states, update)
-
-    update, after = attended(block, active)
-    last = _Last(active.hidden_states, after, update)
-    if resting is not None and structure.kv_rule == "shallow":
-        resting = resting._replace(hidden_states=attended(low, resting)[1])
+        low = at_bits(block, rule.resting_bits) if rule.resting_bits and policy.demotes(number) else block
+        rested = _Group(resting, *rule.kv(low, resting.hidden_states, resting.positions))
+        groups.append(rested)
+        if rule.keeps_running:
+            after = low.run_over(*_inputs(rested, groups, past, policy)).hidden_states
+            resting = resting._replace(hidden_states=after)
+        elif number + 1 < policy.num_layers:
+            resting = resting._replace(hidden_states=rule.carry(model, number, resting.hidden_states))
+    output = block.run_over(*_inputs(running, groups, past, policy))
     for tokens, k, v in groups:
-        layer = append(layer, k, v, tokens.positions, tokens.valid, _bias(tokens, structure))
-    return active._replace(hidden_states=after), resting, layer, last
+        layer = append(layer, k, v, tokens.positions, tokens.valid, _bias(tokens, policy))
+    return output, resting, layer
 
 
-def _seen_by(queries: Tokens, tokens: Tokens, k: Array, v: Array, structure: Structure) -> Segment:
+def _inputs(
+    queries: _Group, groups: Sequence[_Group], past: tuple[Segment, ...], policy: BoundPolicy
+) -> tuple[Array, Array, tuple[Segment, ...], Heads, Heads]:
+    """What a group takes into a layer, the last of it being what it sees, and its own keys and values."""
+    view = (*past, *(_seen_by(queries.tokens, group, policy) for group in groups))
+    return queries.tokens.hidden_states, queries.tokens.positions, view, queries.k, queries.v
+
+
+def _seen_by(queries: Tokens, group: _Group, policy: BoundPolicy) -> Segment:
     """The tokens of a group as the queries see them: those before, and oneself (so that padding sees something)."""
+    tokens = group.tokens
     before = tokens.origins[:, None, :] < queries.origins[:, :, None]
     visible = before & tokens.valid[:, None, :]
     if queries is tokens:
         visible |= jnp.eye(tokens.valid.shape[1], dtype=bool)
-    return new_segment(k, v, visible, _bias(tokens, structure))
+    return new_segment(group.k, group.v, visible, _bias(tokens, policy))
 
 
-def _bias(tokens: Tokens, structure: Structure) -> Float[Array, "batch tokens"] | None:
-    """log(size) on a fused token's attention logits, where the policy asks for it."""
-    biased = structure.fusion is not None and structure.fusion.size_bias
-    return jnp.log(tokens.sizes.astype(jnp.float32)) if biased else None
+def _bias(tokens: Tokens, policy: BoundPolicy) -> Float[Array, "batch tokens"] | None:
+    return None if policy.fusion is None else policy.fusion.bias(tokens.sizes)
 
 
-def _judge(
-    model: CausalLM, active: Tokens, last: _Last, structure: Structure, thresholds: Thresholds, layer: int
-) -> tuple[Tokens, Verdict]:
+def _decide(model: CausalLM, active: Tokens, shown: Shown, policy: BoundPolicy, layer: int) -> tuple[Tokens, Decision]:
     """After `layer` layers: halting first, then fusion among the tokens that go on."""
     nobody = jnp.zeros_like(active.valid)
-    halt, absorbed, signal = nobody, nobody, jnp.zeros(active.valid.shape, jnp.float32)
-    halting, fusion = structure.prompt, structure.fusion
+    halts, absorbed, signal = nobody, nobody, jnp.zeros(active.valid.shape, jnp.float32)
+    halting, fusion = policy.prompt_halting, policy.fusion
     if halting is not None and layer in halting.layers:
-        entropy = signals.lens_entropy(model, last.after, structure.shortlist) if halting.probes else None
-        seen = signals.Evidence(*last, active.origins, active.ids, entropy)
-        values = {name: seen.value(name, layer) for name in halting.reads}
-        exempt = active.protected | ~active.valid
-        halt = halts(halting, values, thresholds.prompt_halt[layer], thresholds.prompt_entropy, exempt)
-        signal = values[halting.signal]
+        probe = partial(probe_entropy, model, shown.after, policy.shortlist)
+        seen = Evidence(layer, shown, active.ids, active.origins, probe)
+        halts, signal = halting.decide(seen, active.protected | ~active.valid)
     if fusion is not None and layer in fusion.layers:
-        may_fuse = active.valid & ~halt & ~active.protected
-        fuses = pairs(fusion, active.hidden_states, may_fuse, thresholds.fuse[layer])
+        may_fuse = active.valid & ~halts & ~active.protected
+        fuses = fusion.decide(layer, active.hidden_states, may_fuse)
         fused = fuse(active.hidden_states, active.positions, active.sizes, fuses, fusion.position)
         absorbed = fused.absorbed
         active = active._replace(hidden_states=fused.hidden_states, positions=fused.positions, sizes=fused.sizes)
-    return active, Verdict(halt, absorbed, signal)
+    return active, Decision(halts, absorbed, signal)
 
 
 @partial(jax.jit, static_argnames=("width", "rest_width"))
 def regroup(
-    active: Tokens, resting: Tokens | None, verdict: Verdict, *, width: int, rest_width: int
+    active: Tokens, resting: Tokens | None, decision: Decision, *, width: int, rest_width: int
 ) -> tuple[Tokens, Tokens | None]:
     """Gather the tokens that go on into `width` places, and those that rest into `rest_width` (0: there are none)."""
-    going = active.valid & ~verdict.halts & ~verdict.absorbed
-    rested = active._replace(valid=active.valid & verdict.halts)
+    going = active.valid & ~decision.halts & ~decision.absorbed
+    rested = active._replace(valid=active.valid & decision.halts)
     if not rest_width:
         return _gathered(active, going, width), None
     joined = rested if resting is None else _joined((resting, rested))
@@ -215,7 +221,7 @@ def _gathered(tokens: Tokens, chosen: Bool[Array, "batch tokens"], width: int) -
 
 
 @partial(jax.jit, donate_argnames="logits")
-def leave(
+def last_logits(
     model: CausalLM, active: Tokens, lengths: Int[Array, " batch"], logits: Float[Array, "batch vocab"]
 ) -> Float[Array, "batch vocab"]:
     """Logits after the last token of every row whose last token is among the active ones; the others' stay."""

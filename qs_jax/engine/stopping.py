@@ -1,27 +1,13 @@
-"""When a row ends: an end-of-text id on the device, a stop string on the host."""
+"""Text of a row as it grows, and the stop strings that end it."""
 
 from collections.abc import Sequence
 from functools import partial
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
-
 from qs_jax.tokenizer import Tokenizer
 
-_EOS_SLOTS = 8
 _CONTEXT_TOKENS = 6
 _BYTES_OF_A_CHARACTER = 4
 _REPLACEMENT = "\ufffd"
-
-
-def eos_array(eos_token_ids: Sequence[int]) -> Int[Array, " slots"]:
-    """End-of-text ids padded with -1 to a multiple of 8, so that another list compiles nothing."""
-    slots = max(1, -(-len(eos_token_ids) // _EOS_SLOTS)) * _EOS_SLOTS
-    return jnp.asarray([*eos_token_ids, *[-1] * (slots - len(eos_token_ids))], jnp.int32)
-
-
-def is_eos(tokens: Int[Array, " batch"], eos: Int[Array, " slots"]) -> Bool[Array, " batch"]:
-    return (tokens[:, None] == eos).any(axis=-1)
 
 
 class Detokenizer:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+import jax
 import numpy as np
 
 from qs_jax.adaptive.binding import BoundPolicy
@@ -120,8 +121,8 @@ def _scores(
 
 
 def _identity(bound: BoundPolicy) -> str:
-    thresholds = [np.asarray(leaf).tolist() for leaf in vars(bound.thresholds).values()]
-    return repr((bound.structure, thresholds))
+    thresholds, structure = jax.tree.flatten(bound)
+    return repr((structure, [np.asarray(leaf).tolist() for leaf in thresholds]))
 
 
 def _row(name: str, kind: str, policy: Policy, scores: Scores, dense: Scores, scored_bytes: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from qs_jax.adaptive.policy import Halting, KvRule, Policy
+from qs_jax.adaptive.policy import Halting, KvRuleName, Policy
 from qs_jax.evaluation import candidates
 from qs_jax.evaluation.candidates import Space, all_at
 from qs_jax.evaluation.observation import observe
@@ -19,7 +19,7 @@ from qs_jax.loading import Model
 
 def uniform_stops(space: Space, prefix: int, *, lens: bool = False) -> list[Policy]:
     """All of the prompt stops after the same layer: with frozen keys and values, and with those of the lens."""
-    rules: dict[KvRule, str] = {"frozen": "", **({"affine": ", lens"} if lens else {})}
+    rules: dict[KvRuleName, str] = {"frozen": "", **({"affine": ", lens"} if lens else {})}
     return [
         replace(policy, name=f"prompt stops after {layer}{suffix}")
         for rule, suffix in rules.items()
@@ -78,8 +78,9 @@ def random_bits(subject: Policy, scores: Mapping[str, Scores]) -> list[Policy]:
     alone = scores.get("precision")
     if subject.precision is None or alone is None or not alone.ledger.costs.planes:
         return []
-    adapting = sum(map(alone.ledger.structure.precision.adapts, range(alone.ledger.structure.num_layers)))  # pyright: ignore
-    bits = alone.bits_read[:, 1:].mean() - 8 * (alone.ledger.structure.num_layers - adapting)
+    bound = alone.ledger.policy
+    adapting = sum(map(bound.precision.adapts, range(bound.num_layers)))  # pyright: ignore
+    bits = alone.bits_read[:, 1:].mean() - 8 * (bound.num_layers - adapting)
     share = float(np.clip((8 - bits / max(adapting, 1)) / 4, 0, 1))
     precision = replace(subject.precision, signal="random", two_below=0.0, four_below=share)
     return [

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qs_jax.adaptive.ledger import Costs
+from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.policy import Policy
 from qs_jax.errors import GenerationError
 from qs_jax.generation import CHUNK, generate, not_finite

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from scipy import stats
 
-from qs_jax.adaptive.policy import KvRule, Policy
+from qs_jax.adaptive.policy import KvRuleName, Policy
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.candidates import (
     BITS_SHARES,
@@ -187,7 +187,7 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
     they alone would come to is reported as if theirs had been the only path.
     """
     level = 1 - goal.confidence
-    rules: tuple[KvRule, ...] = ("frozen", "affine") if space.kv_rule == "affine" else ("frozen",)
+    rules: tuple[KvRuleName, ...] = ("frozen", "affine") if space.kv_rule == "affine" else ("frozen",)
     stops = {r: [p for p in uniform_stops(replace(space, kv_rule=r), prefix) if p in pool] for r in rules}
     paths = [_climbing(bench, pool, goal), *(found for found in stops.values() if found)]
     p_value = _p_value(bench, goal.budget)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from qs_jax.adaptive.policy import Fusion, Halting, KvRule, Policy, Precision, Signal
+from qs_jax.adaptive.policy import Fusion, Halting, KvRuleName, Policy, Precision, SignalName
 from qs_jax.evaluation.observation import Observed
 
 PROMPT_SHARES = (0.25, 0.5, 0.75)
@@ -29,12 +29,14 @@ class Space:
     prompt_layers: tuple[int, ...]
     fusion_layers: tuple[int, ...]
     decode_layers: tuple[int, ...]
-    signal: Signal
-    kv_rule: KvRule
+    signal: SignalName
+    kv_rule: KvRuleName
     planes: bool
 
     @classmethod
-    def of(cls, depth: int, *, planes: bool, signal: Signal = "relative_drift", kv_rule: KvRule = "frozen") -> "Space":
+    def of(
+        cls, depth: int, *, planes: bool, signal: SignalName = "relative_drift", kv_rule: KvRuleName = "frozen"
+    ) -> "Space":
         """Every layer of a shallow model, every other one of a deep one, from an eighth of the depth on."""
         step = 1 if depth <= 8 else 2
         prompt = tuple(sorted(range(depth - 1, max(1, depth // 8) - 1, -step)))

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qs_jax.adaptive import signals
-from qs_jax.adaptive.policy import Distance, Signal
+from qs_jax.adaptive.fusion import DISTANCES
+from qs_jax.adaptive.policy import Distance, SignalName
+from qs_jax.adaptive.signals import SIGNALS, Evidence, Shown, entropy_bits
 from qs_jax.evaluation.windows import Window
 from qs_jax.loading import Model
 from qs_jax.models.base import CausalLM
 
-_SIGNALS: tuple[Signal, ...] = ("relative_drift", "direction_drift", "raw_drift", "attention_update")
+OBSERVED: tuple[SignalName, ...] = tuple(name for name, signal in SIGNALS.items() if signal.flops_per_channel)
+"""Signals that are read of a layer's states, so that shares of tokens say where thresholds could lie."""
+
 _MOST_WINDOWS = 8
 
 
@@ -59,21 +62,21 @@ def observe(model: Model, windows: Sequence[Window], *, protect_first: int, prot
 @jax.jit
 def _look(
     model: CausalLM, tokens: Int[Array, "windows tokens"]
-) -> tuple[dict[Signal, Array], dict[Distance, Array], Array, Array]:
+) -> tuple[dict[SignalName, Array], dict[Distance, Array], Array, Array]:
     """Per layer, window and token: the drift signals, the distance to the token before, and, at the end, the output's
     entropy and after how many layers the most likely token was settled."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden_states, seen, best = model.embed(tokens, positions), [], []
     for block in model.blocks:
-        before = hidden_states
-        hidden_states, _, _, update = block.run(before, positions, ())
+        before, output = hidden_states, block.run(hidden_states, positions, ())
+        hidden_states = output.hidden_states
+        evidence = Evidence(len(seen) + 1, Shown.by(before, output), tokens, positions)
         left = jnp.roll(hidden_states, 1, axis=1)
-        drifts = {name: signals.DRIFTS[name](before, hidden_states) for name in signals.DRIFTS}
-        apart = {"cosine": signals.angle(left, hidden_states), "l2": signals.raw_drift(left, hidden_states)}
-        seen.append(({**drifts, "attention_update": signals.attention_update(before, update)}, apart))
+        apart = {name: distance(left, hidden_states) for name, distance in DISTANCES.items()}
+        seen.append(({name: evidence.read(name) for name in OBSERVED}, apart))
         best.append(model.head(hidden_states).argmax(axis=-1))
     values, distances = jax.tree.map(lambda *layers: jnp.stack(layers), *seen)
     wrong = jnp.stack(best) != best[-1]
     places = jnp.arange(1, len(best) + 1, dtype=jnp.int32)[:, None, None]
     settled = 1 + jnp.where(wrong, places, 0).max(axis=0)
-    return values, distances, signals.entropy_bits(model.head(hidden_states)), settled
+    return values, distances, entropy_bits(model.head(hidden_states)), settled

@@ -8,6 +8,7 @@ from qs_jax.adaptive.policy import Policy
 from qs_jax.evaluation.scoring import OFF, Scores, score
 from qs_jax.evaluation.statistics import summary
 from qs_jax.evaluation.windows import Plan, Window
+from qs_jax.kernels import has_planes
 from qs_jax.loading import Model
 from qs_jax.request import bind_policy
 
@@ -51,7 +52,7 @@ def evaluate(
     return {
         "model": model.name,
         "policy": policy.to_json(),
-        "mechanisms": list(bound.policy.mechanisms),
+        "mechanisms": list((policy if has_planes(model.network) else policy.without("precision")).mechanisms),
         "bits": bits,
         "protocol": protocol(windows, plan),
         **summary(scores, dense, sum(window.scored_bytes for window in windows)),
@@ -94,14 +95,14 @@ def protocol(windows: Sequence[Window], plan: Plan) -> dict[str, Any]:
 
 def samples(scores: Scores, windows: Sequence[Window], most: int = _SAMPLES) -> list[dict[str, Any]]:
     """The first windows token by token, as the report colours them. `bits` is the mean over the layers run."""
-    depth = scores.ledger.structure.num_layers
+    depth = scores.ledger.policy.num_layers
     ledger = scores.ledger
     constant = float(ledger.bits if ledger.costs.planes else ledger.costs.weight_bits)
     told = []
     for row, window in enumerate(windows[:most]):
         layers, read = scores.layers_run[row], scores.bits_read[row]
         bits = [
-            r / n if ledger.structure.adapts_bits and r else constant
+            r / n if ledger.policy.adapts_bits and r else constant
             for r, n in zip(read.tolist(), layers.tolist(), strict=True)
         ]
         told.append(

@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.binding import BoundPolicy, dense
-from qs_jax.adaptive.ledger import Costs, Ledger
+from qs_jax.adaptive.costs import Costs
+from qs_jax.adaptive.ledger import Ledger
 from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.prefill import PromptTrace
-from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
+from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.windows import Window
@@ -46,7 +47,7 @@ class Scores:
     @classmethod
     def empty(cls, model: Model, bound: BoundPolicy, tokens: int, bits: int | None = None) -> "Scores":
         none, whole = np.zeros((0, tokens), np.float32), np.zeros((0, tokens), np.int32)
-        ledger = Ledger(Costs.of(model.network), bound.structure, bits or FULL)
+        ledger = Ledger(Costs.of(model.network), bound, bits or FULL)
         return cls(ledger, none, whole, whole, none, none.astype(bool))
 
     @property
@@ -128,21 +129,13 @@ def _run(
 
 def forced_request(windows: Sequence[Window], bound: BoundPolicy) -> Request:
     """The request that scores windows. No token ends a row: text is scored beyond an end of text within it."""
-    neutral = SamplingSettings(
-        temperature=jnp.float32(1.0),
-        top_k=jnp.int32(0),
-        top_p=jnp.float32(1.0),
-        min_p=jnp.float32(0.0),
-        repetition_penalty=jnp.float32(1.0),
-    )
     return Request(
         prompts=[window.prompt for window in windows],
         copies=1,
         max_new_tokens=len(windows[0].scored),
         eos_token_ids=(),
         seeds=[(0, 0)] * len(windows),
-        settings=neutral,
-        plan=SamplingPlan(do_sample=False, penalise=False),
+        sampling=Sampling.of(),
         chunk_size=CHUNK,
         policy=bound,
         forced=[window.scored for window in windows],

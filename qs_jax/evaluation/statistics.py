@@ -81,7 +81,7 @@ def layers_histogram(scores: Scores) -> list[int]:
     """How many tokens, of the prompts and generated, ran each number of layers from 0 to all; a fused token counts
     where it was absorbed. The first scored token of a window comes from the prompt's last pass and is counted there."""
     layers = np.concatenate([*scores.prompts.layers_run, scores.layers_run[:, 1:].reshape(-1)])
-    return np.bincount(layers, minlength=scores.ledger.structure.num_layers + 1).tolist()
+    return np.bincount(layers, minlength=scores.ledger.policy.num_layers + 1).tolist()
 
 
 def summary(scores: Scores, dense: Scores, scored_bytes: int) -> dict[str, Any]:

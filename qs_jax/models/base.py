@@ -69,13 +69,13 @@ class Block(nnx.Module):
     def run(self, hidden_states: Hidden, positions: Positions, past: View) -> LayerOutput:
         """The whole layer for new tokens that see `past` and, causally, each other."""
         k, v = self.kv(hidden_states, positions)
-        update = self.attend(hidden_states, positions, (*past, new_segment(k, v)))
-        return LayerOutput(self.finish(hidden_states, update), k, v, update)
+        return self.run_over(hidden_states, positions, (*past, new_segment(k, v)), k, v)
 
-    def finish(self, hidden_states: Hidden, attention_update: Hidden) -> Hidden:
-        """The residual stream after the layer, from that before it and attention's update."""
-        hidden_states += attention_update
-        return hidden_states + self.mlp(hidden_states)
+    def run_over(self, hidden_states: Hidden, positions: Positions, view: View, k: Heads, v: Heads) -> LayerOutput:
+        """The layer for tokens that see `view`, into which their own keys and values `k` and `v` went."""
+        update = self.attend(hidden_states, positions, view)
+        hidden_states += update
+        return LayerOutput(hidden_states + self.mlp(hidden_states), k, v, update)
 
     def _split(self, features: Float[Array, "batch tokens features"]) -> Heads:
         return features.reshape(*features.shape[:-1], -1, self.config.head_dim)

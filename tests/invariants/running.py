@@ -17,13 +17,13 @@ from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate
 from qs_jax.choices import BITS
 from qs_jax.engine import session as sessions
-from qs_jax.engine.decode import Controls, DecodeState, Program
-from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
+from qs_jax.engine.decode import Controls, DecodeState
+from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
-from qs_jax.engine.stopping import eos_array
 from qs_jax.kernels import has_planes, is_nested
 from qs_jax.loading import Model
 from qs_jax.models import arrays_by_path
+from qs_jax.token_set import token_set
 from tests.oracle import Decoder, Outcome
 
 SPECIAL_IDS = (7, 11)
@@ -74,8 +74,7 @@ def request(
         max_new_tokens=new_tokens,
         eos_token_ids=eos,
         seeds=[(0, 0)] * len(prompts),
-        settings=SamplingSettings(jnp.float32(1.0), jnp.int32(0), jnp.float32(1.0), jnp.float32(0.0), jnp.float32(1.0)),
-        plan=SamplingPlan(),
+        sampling=Sampling.of(),
         chunk_size=chunk_size,
         policy=bind(policy, model.config, planes=has_planes(model.network), lens=True, special_ids=SPECIAL_IDS),
         forced=forced,
@@ -96,7 +95,7 @@ def run(model: Model, policy: Policy, prompts: Sequence[Sequence[int]], new_toke
                 for name in _PER_ROW:
                     getattr(result, name)[row].extend(getattr(chosen, name)[emitted, row].tolist())
     assert session.prefilled is not None
-    result.slots.insert(0, session.prefilled.written)
+    result.slots.insert(0, session.prefilled.filled)
     return result
 
 
@@ -109,12 +108,11 @@ def step_arguments(model: Model, policy: Policy, *, rows: int, capacity: int) ->
         cache=tuple(allocate(config, rows, capacity, model.dtype) for _ in range(config.num_hidden_layers)),
         done=zeros > 0,
         remaining=zeros,
-        keys=jax.random.split(jax.random.key(0), rows),
+        noise=jax.random.split(jax.random.key(0), rows),
         seen=jnp.zeros((rows, 0), bool),
         entropy=zeros.astype(jnp.float32),
     )
-    controls = Controls(asked.settings, eos_array(()), asked.policy.thresholds)
-    return model.network, state, zeros, controls, Program(asked.plan, asked.policy.structure)
+    return model.network, state, zeros, Controls(asked.sampling, token_set(()), asked.policy)
 
 
 @contextmanager

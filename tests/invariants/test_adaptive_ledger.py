@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qs_jax.adaptive.ledger import Costs
+from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.policy import Halting
 from tests.invariants.cases import DECODE_LAYERS, LAYERS, PROMPT_LAYERS, QUICK, Case, each, halfway
 from tests.invariants.running import Run, run

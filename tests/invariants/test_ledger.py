@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax.adaptive.ledger import Costs
+from qs_jax.adaptive.costs import Costs
 from qs_jax.engine.decode import decode_step
 from qs_jax.loading import Model
 from qs_jax.models import arrays_by_path, parse_config, random_network
@@ -16,7 +16,7 @@ from tests.recording import Call, recorded
 from tests.tiny import CONFIGS
 
 TOLERANCE = 0.02
-PREFILL = ("engine.stage.enter", "engine.stage.run_stage", "engine.stage.leave")
+PREFILL = ("engine.stage.embed_piece", "engine.stage.run_stage", "engine.stage.last_logits")
 
 WIDER = {
     "gpt2": {"n_embd": 256, "n_layer": 3, "vocab_size": 1000, "n_positions": 2048},
@@ -74,9 +74,9 @@ def test_one_decode_step(model: Model, batch: int) -> None:
     both, calls = run(model, batch, 128, new_tokens=2)
     (chunk,) = [call for call in calls if call.name == "engine.decode.decode_chunk"]
     network, state, forced, controls = chunk.args
-    step = jax.jit(decode_step, static_argnames="program")
+    step = jax.jit(decode_step)
     one = jax.ShapeDtypeStruct(forced.shape[1:], forced.dtype)
-    expected = counted(step.lower(network, state, one, controls, program=chunk.kwargs["program"]))
+    expected = counted(step.lower(network, state, one, controls))
     assert both - prefill == pytest.approx(expected, rel=TOLERANCE)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qs_jax.engine import prefill, session
+from qs_jax.engine import prefill
 from qs_jax.loading import load
 from qs_jax.tokenizer import Tokenizer
 from tests.invariants.cases import (
@@ -70,7 +70,8 @@ def test_prompts_really_shrink(case: Case) -> None:
     policy = halfway(case, 0.6)
     engine = run(case.model, policy, [prompt], NEW_TOKENS, chunk_size=CHUNK)
     assert engine.session.prefilled is not None
-    places = [stage.tokens for stage in engine.session.prefilled.passes]
+    (piece,) = engine.session.prefilled.pieces
+    places = [stage.tokens for stage in piece.passes]
     assert places[0] == 32 > places[1] >= places[2]
     oracle = imagine(case.model, policy, prompt, NEW_TOKENS)
     assert oracle.margin > DECIDED
@@ -82,8 +83,7 @@ def test_prompts_really_shrink(case: Case) -> None:
 def test_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later pieces see the slots of earlier ones; fusion stays within a piece."""
     case, prompt = GPT2_FROZEN, np.random.default_rng(6).integers(12, 97, 40).tolist()
-    for module in (prefill, session):
-        monkeypatch.setattr(module, "PIECE", 16)
+    monkeypatch.setattr(prefill, "PIECE", 16)
     policy = halfway(case, 0.5)
     oracle = imagine(case.model, policy, prompt, NEW_TOKENS, piece=16)
     assert oracle.margin > DECIDED

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from qs_jax.adaptive.ledger import StagePass
 from qs_jax.adaptive.policy import Policy
 from qs_jax.engine import prefill, session
 from qs_jax.engine.compilation import METER
-from qs_jax.engine.decode import decode_step
+from qs_jax.engine.decode import decode_chunk, decode_step
+from qs_jax.engine.prefill import Piece
 from tests.invariants.cases import (
     DECODE_LAYERS,
     GPT2_FROZEN,
@@ -33,7 +33,7 @@ from tests.tiny import tiny_model
 PROMPT = np.random.default_rng(7).integers(12, 97, 16).tolist()
 TOKENS = 7
 CHUNK = 4
-PROGRAMS = {prefill: ("enter", "run_stage", "regroup", "leave"), session: ("begin", "decode_chunk")}
+PROGRAMS = {prefill: ("embed_piece", "run_stage", "regroup", "last_logits"), session: ("begin", "decode_chunk")}
 
 
 @contextmanager
@@ -66,7 +66,9 @@ def lower_everywhere(model: Any, policy: Policy, expected: set[str]) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on(name)) for name in ("gpt2", "llama")])
 def test_dense_programs_lower_for_every_platform(name: str) -> None:
-    lower_everywhere(tiny_model(name, LAYERS), Policy.off(), {"enter", "run_stage", "leave", "begin", "decode_chunk"})
+    lower_everywhere(
+        tiny_model(name, LAYERS), Policy.off(), {"embed_piece", "run_stage", "last_logits", "begin", "decode_chunk"}
+    )
 
 
 @each((GPT2_ZERO, LLAMA_DROP), slow=(GPT2_SHALLOW, LLAMA_LADDER))
@@ -79,14 +81,14 @@ def test_adaptive_programs_lower_for_every_platform(case: Case) -> None:
 def test_thresholds_compile_nothing(case: Case) -> None:
     """As long as the tokens that go on fit the same buckets, which is asserted."""
 
-    def passes(share: float) -> list[StagePass]:
+    def pieces(share: float) -> tuple[Piece, ...]:
         prefilled = run(case.model, halfway(case, share), [PROMPT], TOKENS, chunk_size=CHUNK).session.prefilled
         assert prefilled is not None
-        return prefilled.passes
+        return prefilled.pieces
 
-    warm, before = passes(0.4), METER.reading()
+    warm, before = pieces(0.4), METER.reading()
     for share in (0.45, 0.5, 0.55, 0.6):
-        assert passes(share) == warm
+        assert pieces(share) == warm
     assert METER.since(before).programs == 0
 
 
@@ -102,8 +104,12 @@ def conditionals(jaxpr: Any) -> int:
 
 @on("gpt2")
 def test_a_dense_step_holds_no_conditional() -> None:
+    """And the chunk, which runs that very step, only the one that ends it early."""
     counts = []
     for policy in (Policy.off(), GPT2_FROZEN.policy):
-        arguments = step_arguments(tiny_model("gpt2", LAYERS), policy, rows=1, capacity=64)
-        counts.append(conditionals(jax.make_jaxpr(decode_step, static_argnums=4)(*arguments).jaxpr))
-    assert counts == [0, len(DECODE_LAYERS)]
+        network, state, forced, controls = step_arguments(tiny_model("gpt2", LAYERS), policy, rows=1, capacity=64)
+        step = jax.make_jaxpr(decode_step)(network, state, forced, controls).jaxpr
+        chunk = jax.make_jaxpr(decode_chunk)(network, state, forced[None], controls).jaxpr
+        counts.append((conditionals(step), conditionals(chunk)))
+    deciding = len(DECODE_LAYERS)
+    assert counts == [(0, 1), (deciding, deciding + 1)]

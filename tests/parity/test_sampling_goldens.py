@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qs_jax.engine.sampling import SamplingSettings, process_logits
+from qs_jax.engine.sampling import Sampling, process_logits
 from tests.parity.variants import GOLDENS, SAMPLING
 
-_DTYPES = {"top_k": np.int32}
 _CASES = sorted(key for key in load_file(GOLDENS / "sampling.safetensors") if "." in key)
 
 process_jit = jax.jit(process_logits)
@@ -22,9 +21,17 @@ def golden() -> dict[str, np.ndarray]:
     return load_file(GOLDENS / "sampling.safetensors")
 
 
-def _settings(of_field: Callable[[str], object]) -> SamplingSettings:
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return SamplingSettings(**{name: jnp.asarray(of_field(name), _DTYPES.get(name, np.float32)) for name in names})
+def _sampling(of_field: Callable[[str], object]) -> Sampling:
+    def traced(name: str) -> jax.Array:
+        return jnp.asarray(of_field(name), np.int32 if name == "top_k" else np.float32)
+
+    return Sampling(
+        temperature=traced("temperature"),
+        top_k=traced("top_k"),
+        top_p=traced("top_p"),
+        min_p=traced("min_p"),
+        repetition_penalty=traced("repetition_penalty"),
+    )
 
 
 def _seen(golden: dict[str, np.ndarray]) -> np.ndarray:
@@ -45,13 +52,13 @@ def test_every_setting_has_a_golden() -> None:
 @pytest.mark.parametrize("case", _CASES)
 def test_scores(case: str, golden: dict[str, np.ndarray]) -> None:
     source, name = case.split(".")
-    scores = process_jit(golden[source], _seen(golden), _settings(lambda field: SAMPLING[name][field]))
+    scores = process_jit(golden[source], _seen(golden), _sampling(lambda field: SAMPLING[name][field]))
     _assert_same_scores(np.asarray(scores), golden[case])
 
 
-def test_each_row_has_its_own_settings(golden: dict[str, np.ndarray]) -> None:
+def test_each_row_has_its_own_sampling(golden: dict[str, np.ndarray]) -> None:
     """All settings in one batch, one group of rows each, in place of one number for all."""
     rows, count = len(golden["spread"]), len(SAMPLING)
-    settings = _settings(lambda field: np.repeat([setting[field] for setting in SAMPLING.values()], rows))
-    scores = process_jit(np.tile(golden["spread"], (count, 1)), np.tile(_seen(golden), (count, 1)), settings)
+    sampling = _sampling(lambda field: np.repeat([setting[field] for setting in SAMPLING.values()], rows))
+    scores = process_jit(np.tile(golden["spread"], (count, 1)), np.tile(_seen(golden), (count, 1)), sampling)
     _assert_same_scores(np.asarray(scores), np.concatenate([golden[f"spread.{name}"] for name in SAMPLING]))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -75,7 +76,8 @@ def test_switching_keeps_the_structure() -> None:
     )
     everything = switched(subject, MECHANISMS)
     assert (everything.kv_rule, everything.mechanisms) == ("drop", MECHANISMS)
-    structures = {bind_policy(model, switched(subject, on)).structure for on in ((), ("halting",), ("fusion",))}
+    bound = (bind_policy(model, switched(subject, on)) for on in ((), ("halting",), ("fusion",)))
+    structures = {jax.tree.structure(policy) for policy in bound}
     assert len(structures) == 1
     none = switched(subject, ())
     assert none.prompt_halting is not None

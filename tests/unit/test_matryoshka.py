@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax.adaptive.ledger import Costs
+from qs_jax.adaptive.costs import Costs
 from qs_jax.checkpoint import MANIFEST
 from qs_jax.choices import BITS
 from qs_jax.errors import GenerationError

@@ -1,23 +1,18 @@
-"""Policies: JSON and back, refusals in one line, and what binding to a model makes of them."""
+"""Policies: JSON and back, and refusals in one line."""
 
 import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qs_jax.adaptive.binding import BoundPolicy, bind, dense
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision, Probe
-from qs_jax.config import ModelConfig
 from qs_jax.errors import PolicyError
-from tests.tiny import tiny_model
 
 numbers = st.floats(0, 1e6) | st.just(math.inf)
 layers = st.none() | st.sets(st.integers(1, 40), min_size=1, max_size=4).map(lambda chosen: tuple(sorted(chosen)))
@@ -162,103 +157,3 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="cannot be written"):
         Policy.off().save(tmp_path / "nowhere" / "policy.json")
-
-
-def config_of(depth: int) -> ModelConfig:
-    return replace(tiny_model("llama").config, num_hidden_layers=depth)
-
-
-def bound(policy: Policy, depth: int = 8, *, planes: bool = False, special_ids: tuple[int, ...] = ()) -> BoundPolicy:
-    return bind(policy, config_of(depth), planes=planes, special_ids=special_ids)
-
-
-def test_off_binds_to_the_dense_model() -> None:
-    assert dense(config_of(8)).is_off
-    assert dense(config_of(8)).structure == bound(Policy.off()).structure
-    assert bound(Policy.off()).structure.stages == bound(Policy.off()).structure.segments == ((0, 8),)
-
-
-@pytest.mark.parametrize(
-    ("start", "step", "depth", "expected"),
-    [
-        (0.5, 1, 8, (4, 5, 6, 7)),
-        (0.5, 2, 8, (4, 6)),
-        (0.75, 1000, 8, (6,)),
-        (0.0, 3, 8, (1, 4, 7)),
-        (1.0, 1, 8, (7,)),
-        (0.5, 1, 2, (1,)),
-        (0.5, 1, 1, ()),
-    ],
-)
-def test_layers_left_open_follow_the_depth(start: float, step: int, depth: int, expected: tuple[int, ...]) -> None:
-    structure = bound(Policy(decode_halting=Halting(start=start, step=step)), depth).structure
-    assert structure.decode is not None
-    assert structure.decode.layers == expected
-
-
-def test_stages_and_segments_are_cut_where_something_may_happen() -> None:
-    policy = Policy(
-        prompt_halting=Halting(layers=(2, 5)),
-        decode_halting=Halting(layers=(3,)),
-        fusion=Fusion(layers=(5, 6)),
-        precision=Precision("entropy", layer=4),
-    )
-    structure = bound(policy, planes=True).structure
-    assert structure.stages == ((0, 2), (2, 5), (5, 6), (6, 8))
-    assert structure.segments == ((0, 3), (3, 4), (4, 8))
-
-
-def test_thresholds_stand_at_their_layers_and_nowhere_else() -> None:
-    policy = Policy(
-        prompt_halting=Halting(thresholds=(0.1, 0.2), layers=(2, 5)),
-        fusion=Fusion(thresholds=math.inf, layers=(3,)),
-        decode_halting=Halting(entropy_below=1.5),
-    )
-    thresholds = bound(policy).thresholds
-    np.testing.assert_allclose(thresholds.prompt_halt, [0, 0, 0.1, 0, 0, 0.2, 0, 0, 0])
-    np.testing.assert_array_equal(thresholds.fuse, [0, 0, 0, np.inf, 0, 0, 0, 0, 0])
-    assert not thresholds.decode_halt.any()
-    assert (float(thresholds.decode_entropy), float(thresholds.prompt_entropy)) == (1.5, math.inf)
-
-
-def test_thresholds_are_no_part_of_the_structure() -> None:
-    one, other = (bound(Policy(decode_halting=Halting(thresholds=value))).structure for value in (0.1, 0.9))
-    assert one == other
-    assert hash(one) == hash(other)
-
-
-def test_special_tokens_are_padded_to_slots() -> None:
-    ids = bound(Policy.off(), special_ids=(9, 2, 9)).thresholds.special_ids
-    assert ids.tolist() == [2, 9, -1, -1, -1, -1, -1, -1]
-    assert bound(Policy.off(), special_ids=tuple(range(9))).thresholds.special_ids.shape == (16,)
-    unprotected = bound(Policy(protect_special=False), special_ids=(9, 2))
-    assert (unprotected.thresholds.special_ids == -1).all()
-
-
-def test_precision_needs_planes_and_says_so_or_is_left_out() -> None:
-    precise = Policy(precision=Precision(four_below=1.0))
-    assert bound(precise).structure.precision is None
-    assert bound(precise).is_off
-    structure = bound(Policy(precision=Precision(pinned=(0, -1))), planes=True).structure.precision
-    assert structure is not None
-    assert [structure.adapts(layer) for layer in range(8)] == [False] * 4 + [True] * 3 + [False]
-    assert not bound(Policy(kv_rule="shallow")).structure.adapts_bits
-    assert bound(Policy(kv_rule="shallow", decode_halting=Halting()), planes=True).structure.adapts_bits
-
-
-@pytest.mark.parametrize(
-    ("policy", "planes", "message"),
-    [
-        (Policy(prompt_halting=Halting(layers=(8,))), False, "prompt_halting.layers reach 8, with 8 layers"),
-        (Policy(fusion=Fusion(layers=(2, 9))), False, "fusion.layers reach 9"),
-        (Policy(decode_halting=Halting(thresholds=(0.1, 0.2), layers=(3,))), False, "has 2 thresholds for 1 layers"),
-        (Policy(kv_rule="shallow", prompt_halting=Halting()), False, "shallow needs Matryoshka weights"),
-        (Policy(precision=Precision(layer=8)), True, "precision names layers beyond"),
-        (Policy(precision=Precision(pinned=(-9,))), True, "precision names layers beyond"),
-        (Policy(precision=Precision("entropy", layer=0)), True, "needs at least one layer"),
-    ],
-)
-def test_what_the_model_has_no_means_for_is_refused(policy: Policy, planes: bool, message: str) -> None:
-    with pytest.raises(PolicyError, match=re.escape(message)) as caught:
-        bound(policy, planes=planes)
-    assert "\n" not in str(caught.value)

@@ -1,0 +1,153 @@
+"""What deeper layers see of a halted token: one class per K/V rule, which engine and ledger ask.
+
+A token that has halted *rests*: it runs no further layer, but deeper layers may still want keys and values of it. A
+rule says what it leaves there, whether its state is carried on meanwhile, and what that costs. A new rule is a class
+here, its line in `KV_RULES`, and its name in `qs_jax.adaptive.policy`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from qs_jax.adaptive.costs import Costs, LayerCosts
+from qs_jax.adaptive.policy import KvRuleName, Policy
+from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
+
+
+class KvRule:
+    """A rule, and what one does that is not said otherwise: it leaves zeros and costs nothing.
+
+    Rules are static parts of compiled programs: frozen, hashed, without arrays.
+
+    Attributes:
+        keeps_slots: whether a resting token takes a slot of the cache in deeper layers.
+        keeps_running: whether halted tokens go on through all layers after all, at other bits.
+    """
+
+    keeps_slots: bool = True
+    keeps_running: bool = False
+
+    def lacks(self, *, planes: bool, lens: bool) -> str | None:
+        """What of the model's it needs and misses, with advice; None where nothing is missing."""
+        return None
+
+    def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
+        """Keys and values that resting tokens leave in a layer."""
+        config = block.config
+        shape = (*hidden_states.shape[:2], config.num_key_value_heads, config.head_dim)
+        empty = jnp.zeros(shape, hidden_states.dtype)
+        return empty, empty
+
+    def blank(self, k: Heads, v: Heads, resting: Bool[Array, "batch tokens"]) -> tuple[Heads, Heads]:
+        """The same where resting tokens ran along with others, and `k` and `v` were made of their states as well."""
+        return k, v
+
+    def carry(self, model: CausalLM, layer: int, hidden_states: Hidden) -> Hidden:
+        """The states of resting tokens after a layer (counted from 0)."""
+        return hidden_states
+
+    def bits(self, bits: Int[Array, " batch"], halted: Bool[Array, " batch"]) -> Int[Array, " batch"]:
+        """At how many bits rows read, given what the precision ladder says."""
+        return bits
+
+    @property
+    def resting_bits(self) -> int | None:
+        """The most bits that halted tokens read, where they read fewer than others."""
+        return None
+
+    def kv_flops(self, layer: LayerCosts) -> int:
+        """Of `kv`, per token."""
+        return 0
+
+    def kv_bytes(self, layer: LayerCosts, bits: int) -> int:
+        """Weights of the layer that `kv` reads; a pass in which others run reads them anyway."""
+        return 0
+
+    def carry_flops(self, costs: Costs) -> int:
+        """Of `carry`, per token and layer."""
+        return 0
+
+    def carry_bytes(self, costs: Costs) -> int:
+        """Weights that `carry` reads per layer."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Zero(KvRule):
+    """A key and a value of zeros: the paper, literally. A key of zeros still draws attention."""
+
+    def blank(self, k: Heads, v: Heads, resting: Bool[Array, "batch tokens"]) -> tuple[Heads, Heads]:
+        return jnp.where(resting[..., None, None], 0, k), jnp.where(resting[..., None, None], 0, v)
+
+
+@dataclass(frozen=True)
+class Drop(KvRule):
+    """Nothing: the token takes no slot in deeper layers."""
+
+    keeps_slots = False
+
+
+@dataclass(frozen=True)
+class Frozen(KvRule):
+    """Keys and values projected from the token's last state."""
+
+    def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
+        return block.kv(hidden_states, positions)
+
+    def kv_flops(self, layer: LayerCosts) -> int:
+        return layer.kv_flops
+
+    def kv_bytes(self, layer: LayerCosts, bits: int) -> int:
+        return layer.kv_bytes[bits]
+
+
+@dataclass(frozen=True)
+class Affine(Frozen):
+    """Keys and values projected from a state that the model's lens (`qs_jax.lens`) carries on through every layer."""
+
+    def lacks(self, *, planes: bool, lens: bool) -> str | None:
+        return None if lens else "kv_rule affine needs a lens; fit one with qs-jax lens"
+
+    def carry(self, model: CausalLM, layer: int, hidden_states: Hidden) -> Hidden:
+        return model.shortcut(layer, hidden_states)
+
+    def carry_flops(self, costs: Costs) -> int:
+        return costs.shortcut_flops
+
+    def carry_bytes(self, costs: Costs) -> int:
+        return costs.shortcut_bytes
+
+
+@dataclass(frozen=True)
+class Shallow(KvRule):
+    """The token goes on through its remaining layers at fewer bits of the same weights: halting becomes a rung of the
+    precision ladder, not a stop."""
+
+    at_most: int
+
+    keeps_running = True
+
+    def lacks(self, *, planes: bool, lens: bool) -> str | None:
+        return None if planes else "kv_rule shallow needs Matryoshka weights; convert with --quantize matryoshka"
+
+    def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
+        return block.kv(hidden_states, positions)
+
+    def bits(self, bits: Int[Array, " batch"], halted: Bool[Array, " batch"]) -> Int[Array, " batch"]:
+        return jnp.where(halted, jnp.minimum(bits, self.at_most), bits)
+
+    @property
+    def resting_bits(self) -> int | None:
+        return self.at_most
+
+
+KV_RULES: dict[KvRuleName, Callable[[Policy], KvRule]] = {
+    "zero": lambda policy: Zero(),
+    "drop": lambda policy: Drop(),
+    "frozen": lambda policy: Frozen(),
+    "affine": lambda policy: Affine(),
+    "shallow": lambda policy: Shallow(policy.shallow_bits),
+}
+"""Every rule, made from what a policy says of it."""

@@ -1,0 +1,36 @@
+"""Which tokens no mechanism touches: attention sinks, a prompt's end, special tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+from jaxtyping import Array, Bool, Int
+
+from qs_jax.adaptive.policy import Policy
+from qs_jax.token_set import is_in, token_set
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Protection:
+    """The first and last tokens of a prompt, and special ones."""
+
+    special_ids: Int[Array, " slots"]
+    first: int = field(metadata={"static": True})
+    last: int = field(metadata={"static": True})
+
+    @classmethod
+    def bind(cls, policy: Policy, special_ids: Sequence[int]) -> "Protection":
+        ids = sorted(set(special_ids)) if policy.protect_special else []
+        return cls(token_set(ids), policy.protect_first, policy.protect_last)
+
+    def of_prompt(
+        self, ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"], lengths: Int[Array, " batch"]
+    ) -> Bool[Array, "batch tokens"]:
+        """Of prompt tokens at these positions, where each row has so many tokens."""
+        end = positions >= lengths[:, None] - self.last
+        return (positions < self.first) | end | is_in(ids, self.special_ids)
+
+    def of_generated(self, ids: Int[Array, " batch"], positions: Int[Array, " batch"]) -> Bool[Array, " batch"]:
+        """Of tokens that follow a prompt, which may be shorter than what is protected."""
+        return is_in(ids, self.special_ids) | (positions < self.first)

@@ -1,0 +1,53 @@
+"""The accounts of a request: what prefill and chunks of steps report goes into the ledger, beside the dense twin."""
+
+from collections.abc import Sequence
+
+from qs_jax.adaptive.binding import BoundPolicy
+from qs_jax.adaptive.costs import Costs
+from qs_jax.adaptive.ledger import Ledger
+from qs_jax.cache import bucket
+from qs_jax.choices import FULL
+from qs_jax.engine.decode import Chunk
+from qs_jax.engine.prefill import Prefilled
+
+
+class Meter:
+    """Counts what was run, and what the dense twin of the request would have run.
+
+    `twin_capacity` are the slots that the twin's caches have from the start; `limit` is the model's.
+    """
+
+    def __init__(self, costs: Costs, policy: BoundPolicy, *, twin_capacity: int, limit: int, bits: int = FULL):
+        self.ledger = Ledger(costs, policy, bits)
+        self._policy, self._limit = policy, limit
+        self._twin_capacity = twin_capacity
+
+    def prefill(self, prefilled: Prefilled, *, rows: int) -> None:
+        """Count the prompts, and for each of `rows` rows the choice of its first token."""
+        trace = prefilled.trace.layers_run
+        twin = [(piece.width, self._twin_capacity if piece.start else 0) for piece in prefilled.pieces]
+        passes = [run for piece in prefilled.pieces for run in piece.passes]
+        self.ledger.add_prefill(passes, twin, len(trace))
+        layers, tokens = sum(int(row.sum()) for row in trace), sum(map(len, trace))
+        self.ledger.add_tokens(prompt=True, layers=layers, bits=0, tokens=tokens, slots=int(prefilled.filled.sum()))
+        self.ledger.add_output_entropy(rows)
+
+    def decode(self, chunk: Chunk, capacities: Sequence[int], longest: int) -> int:
+        """Count a chunk that looked at caches of these capacities; returns how many of its steps ran a layer.
+
+        Args:
+            chunk: what was run, on the host.
+            capacities: of each layer's cache.
+            longest: slots that the twin's longest row needs for the chunk.
+        """
+        if longest > self._twin_capacity:
+            self._twin_capacity = bucket(longest, self._limit)
+        chosen = chunk.chosen
+        emitted, depth = chosen.emitted, self._policy.num_layers
+        steps, rows = int(emitted.any(axis=1).sum()), emitted.shape[1]
+        self.ledger.add_decode(chunk.work, steps, rows, capacities, self._twin_capacity)
+        layers, tokens = int(chosen.layers_run[emitted].sum()), int(emitted.sum())
+        slots = depth * tokens if self._policy.kv_rule.keeps_slots else layers
+        bits = int(chosen.bits_read[emitted].sum())
+        self.ledger.add_tokens(prompt=False, layers=layers, bits=bits, tokens=tokens, slots=slots)
+        return steps
