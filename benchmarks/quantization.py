@@ -43,8 +43,9 @@ from qs_jax.fitting.grid import COMPANDED, EVEN, Bend, Grid, between_extremes, r
 from qs_jax.fitting.rounding import grouped, nearest_codes
 from qs_jax.fitting.tune import Coded
 from qs_jax.kernels import at_bits, has_planes, is_nested
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
 from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.model import Model
 from qs_jax.models import CausalLM, arrays_by_path, forward, network_from_arrays
 from reference_models.data import text_folder
 

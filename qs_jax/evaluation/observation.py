@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from qs_jax.adaptive import signals
 from qs_jax.adaptive.policy import Distance, Signal
 from qs_jax.evaluation.windows import Window
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models.base import CausalLM
 
 _SIGNALS: tuple[Signal, ...] = ("relative_drift", "direction_drift", "raw_drift", "attention_update")

@@ -22,7 +22,7 @@ from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
 from qs_jax.engine.session import Request, Session
 from qs_jax.engine.stopping import eos_array
 from qs_jax.kernels import has_planes, is_nested
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
 from tests.oracle import Decoder, Outcome
 
