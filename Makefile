@@ -40,8 +40,9 @@ test-install: ## README's commands after `pip install .` alone, with the newest 
 	@$(PYTHON) tests/base_install.py newest
 	@$(PYTHON) tests/base_install.py lowest
 
-lint: $(VENV)/dev ## ruff and pyright
+lint: $(VENV)/dev ## ruff, pyright, and that imports only go down
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	@found=$$($(BIN)/lint-imports --no-cache --no-logo) || { echo "$$found"; exit 1; }
 
 format: $(VENV)/dev ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -35,7 +35,7 @@ from qs_jax.cache import allocate, append, segment
 from qs_jax.engine.compilation import METER
 from qs_jax.generation import CHUNK, generate
 from qs_jax.lens import Lens, with_lens
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models.base import CausalLM
 
 INFINITY = float("inf")

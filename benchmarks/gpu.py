@@ -33,7 +33,7 @@ from benchmarks.harness import RESULTS, interleaved, median_ratio, summary, writ
 from benchmarks.shapes import SHAPES, nested_model, random_model
 from benchmarks.speed import our_generate, same_prompts
 from qs_jax.evaluation.benchmark import benchmark
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import CausalLM
 
 SMOKE = {

@@ -39,7 +39,8 @@ from benchmarks import reference_text
 from benchmarks.harness import write_result
 from benchmarks.plots import Panel, draw
 from qs_jax.console import reporting_errors
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
+from qs_jax.model import Model
 from qs_jax.models import CausalLM
 
 DOCS = Path(__file__).parents[1] / "docs"

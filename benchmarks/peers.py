@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from convert.mapping import to_hugging_face
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
 
 Prompts = list[list[int]]

@@ -49,7 +49,8 @@ from qs_jax.evaluation.text import read_documents
 from qs_jax.evaluation.windows import Plan, cut, whole
 from qs_jax.files import write_whole
 from qs_jax.lens import LENS_FILE, Lens, with_lens
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
+from qs_jax.model import Model
 from reference_models.data import text_folder
 
 STORIES = "tinystories_train_first1000.json"

@@ -38,13 +38,14 @@ from convert.calibrated import Calibration
 from qs_jax.choices import BITS
 from qs_jax.console import reporting_errors
 from qs_jax.evaluation.text import read_documents
+from qs_jax.fitting.fit import Fit, Streams, fit_block
+from qs_jax.fitting.grid import COMPANDED, EVEN, Bend, Grid, between_extremes, refit
+from qs_jax.fitting.rounding import grouped, nearest_codes
+from qs_jax.fitting.tune import Coded
 from qs_jax.kernels import at_bits, has_planes, is_nested
-from qs_jax.loading import Model, load
-from qs_jax.matryoshka.fit import Fit, Streams, fit_block
-from qs_jax.matryoshka.grid import COMPANDED, EVEN, Bend, Grid, between_extremes, refit
+from qs_jax.loading import load
 from qs_jax.matryoshka.kernel import NestedKernel
-from qs_jax.matryoshka.rounding import grouped, nearest_codes
-from qs_jax.matryoshka.tune import Coded
+from qs_jax.model import Model
 from qs_jax.models import CausalLM, arrays_by_path, forward, network_from_arrays
 from reference_models.data import text_folder
 

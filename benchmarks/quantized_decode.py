@@ -19,8 +19,8 @@ from benchmarks.shapes import SHAPES, nested_model, random_model
 from benchmarks.speed import OURS, compared, our_generate, same_prompts, seconds_per_step
 from qs_jax.choices import BITS
 from qs_jax.console import reporting_errors
+from qs_jax.fitting.grid import COMPANDED
 from qs_jax.kernels import is_nested, plane_bytes, weights
-from qs_jax.matryoshka.grid import COMPANDED
 
 PROMPT_TOKENS = 16
 

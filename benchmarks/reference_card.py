@@ -22,7 +22,8 @@ from convert.parts import Parts
 from convert.source import Source
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
+from qs_jax.model import Model
 from reference_models.export import RECORD
 
 _SMOOTHED = 15

@@ -27,7 +27,7 @@ from benchmarks.shapes import SHAPES, random_model
 from benchmarks.speed import same_prompts
 from qs_jax.evaluation.benchmark import benchmark
 from qs_jax.generation import generate
-from qs_jax.loading import Model
+from qs_jax.model import Model
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASE = {"layers": 12, "batch": 1, "prompt_tokens": 32, "new_tokens": 64}

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from qs_jax.choices import BITS
-from qs_jax.loading import Model, load
-from qs_jax.matryoshka.grid import EVEN, Bend
-from qs_jax.matryoshka.rounding import round_to_nearest
+from qs_jax.fitting.grid import EVEN, Bend
+from qs_jax.fitting.rounding import round_to_nearest
+from qs_jax.loading import load
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -34,7 +34,7 @@ from qs_jax.evaluation.benchmark import bandwidth_probe
 from qs_jax.evaluation.text import read_documents
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.generation import generate
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from reference_models.data import text_folder
 
 OURS = "qs_jax float32"

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import convert.cli
 import qs_jax
 from convert.verify import PROMPT_TOKENS
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, forward, network_from_arrays
 
 RESULT = Path(__file__).parent / "results" / "verification_gate.json"

@@ -21,9 +21,9 @@ from convert.parts import Parts
 from convert.quantize import Arrays, QuantizeOptions, Quantizer
 from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError
-from qs_jax.matryoshka.calibration import with_kernels
-from qs_jax.matryoshka.fit import Fit, Fitted, Streams, fit_block
-from qs_jax.matryoshka.grid import CODEBOOKS
+from qs_jax.fitting.activations import with_kernels
+from qs_jax.fitting.fit import Fit, Fitted, Streams, fit_block
+from qs_jax.fitting.grid import CODEBOOKS
 from qs_jax.matryoshka.kernel import SCALE_DTYPE, abstract_kernel
 from qs_jax.matryoshka.stored import LEAVES, StoredKernel, kernel_arrays
 from qs_jax.models import abstract_network

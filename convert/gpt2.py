@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from convert.mapping import Rule, Table
+from convert.rules import Rule, Table
 from qs_jax.config import ModelConfig
 
 _PROJECTIONS = {

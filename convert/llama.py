@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from convert.mapping import Rule, Table
+from convert.rules import Rule, Table
 from qs_jax.config import ModelConfig
 
 _ATTENTION = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v"}

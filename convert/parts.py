@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.mapping import HEAD, Plan, Rule, plan, table_for
+from convert.mapping import Plan, plan, table_for
+from convert.rules import HEAD, Rule
 from convert.source import Source
 from qs_jax.checkpoint import part_of
 from qs_jax.config import ModelConfig, read_config_json

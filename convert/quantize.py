@@ -11,11 +11,11 @@ import numpy as np
 
 from qs_jax.choices import BITS
 from qs_jax.errors import ConfigError
+from qs_jax.fitting.fit import METHODS
+from qs_jax.fitting.grid import CODEBOOKS
+from qs_jax.fitting.rounding import relative_errors, round_to_nearest
 from qs_jax.matryoshka.codec import BLOCK
-from qs_jax.matryoshka.fit import METHODS
-from qs_jax.matryoshka.grid import CODEBOOKS
 from qs_jax.matryoshka.kernel import NestedKernel
-from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest
 from qs_jax.matryoshka.stored import StoredKernel, kernel_arrays, to_manifest
 
 SCHEMES = ("matryoshka",)

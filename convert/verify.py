@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from convert.parts import hf_config
+from convert.reading import read_network
 from qs_jax.errors import CheckpointError
-from qs_jax.loading import load
 from qs_jax.models import forward
 
 PROMPT_TOKENS = 500
@@ -104,8 +104,8 @@ def verify(
 
 def _own_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
     """By this package in float32, of weights rounded to the dtype."""
-    model = load(folder, dtype=dtype, compilation_cache=False)
-    network = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == dtype else leaf, model.network)
+    network = read_network(folder, jnp.dtype(dtype), [])
+    network = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == dtype else leaf, network)
     return np.asarray(jax.jit(forward)(network, jnp.asarray(tokens)[None]))[0].astype(np.float32)
 
 

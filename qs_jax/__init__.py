@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from qs_jax.generation import generate as generate
     from qs_jax.generation import stream as stream
     from qs_jax.generation_config import GenerationConfig as GenerationConfig
-    from qs_jax.loading import Model as Model
     from qs_jax.loading import load as load
+    from qs_jax.model import Model as Model
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "GenerateOutput": "qs_jax.generation",
     "GenerationConfig": "qs_jax.generation_config",
-    "Model": "qs_jax.loading",
+    "Model": "qs_jax.model",
     "QsJaxError": "qs_jax.errors",
     "StreamPiece": "qs_jax.generation",
     "generate": "qs_jax.generation",

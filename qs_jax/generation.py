@@ -13,13 +13,10 @@ from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.session import Request, Session
 from qs_jax.engine.stopping import Detokenizer, StopStrings
-from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
-from qs_jax.generation_defaults import with_defaults
-from qs_jax.kernels import at_bits, has_planes
-from qs_jax.loading import Model
-from qs_jax.models.base import CausalLM
+from qs_jax.model import Model
 from qs_jax.request import Prompt, prepare
+from qs_jax.settings import with_defaults
 
 FinishReason = Literal["eos", "stop_string", "length", "not_finite"]
 """`not_finite`: the next logits were NaN or infinite, so that no token could be chosen; see `not_finite`."""
@@ -95,7 +92,7 @@ class _Generation:
         self.started = time.perf_counter()
         config, given = with_defaults(settings, model.defaults)
         request = prepare(model, prompts, config, chunk_size=chunk_size)
-        self.session = Session(network_at(model, config.bits), request, bits=config.bits or FULL)
+        self.session = Session(model.network_at(config.bits), request, bits=config.bits or FULL)
         self.request = request
         self.pad_token_id = _pad_token_id(model, config, request.eos_token_ids)
         self.settings = _in_force(config, request, self.pad_token_id, given)
@@ -244,19 +241,6 @@ def not_finite(model: Model) -> str:
     wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(str(model.dtype))
     advice = f"load it with --dtype {wider}" if wider else "its weights are damaged or too large"
     return f"{model.name}: states and logits are not finite in {model.dtype}, so that nothing follows; {advice}"
-
-
-def network_at(model: Model, bits: int | None) -> CausalLM:
-    """The model's network, every kernel read at `bits`.
-
-    Raises:
-        GenerationError: bits are asked for and the model's weights are not Matryoshka.
-    """
-    if bits is None:
-        return model.network
-    if not has_planes(model.network):
-        raise GenerationError(f"bits is {bits}, but {model.name} has no Matryoshka weights; qs-convert --quantize")
-    return at_bits(model.network, bits)
 
 
 def _pad_token_id(model: Model, config: GenerationConfig, eos_token_ids: Sequence[int]) -> int:

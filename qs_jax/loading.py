@@ -2,54 +2,22 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from convert.parts import Parts, hf_config, stored_as
-from convert.source import Source, locate
-from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
+from convert.reading import read_network
+from convert.source import locate
 from qs_jax.choices import DTYPES
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
 from qs_jax.generation_defaults import read_generation_defaults
-from qs_jax.lens import LENS_FILE, Lens, with_lens
-from qs_jax.matryoshka.stored import collect, expand, from_manifest
-from qs_jax.models import abstract_arrays, network_from_arrays
-from qs_jax.models.base import CausalLM
+from qs_jax.model import Model
 from qs_jax.tokenizer import Tokenizer
 
 _CACHE_SWITCH = "QS_JAX_COMPILATION_CACHE"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model ready to generate.
-
-    `name` is what the user asked for; `tokenizer` is None where the folder has none or none that can be read, and
-    `no_tokenizer` says why. `defaults` are the settings of `generation_config.json`, for what a call leaves out.
-    `notes` says, one line each, what was supplied, chosen among contradictions or passed over in the folder's files.
-    """
-
-    config: ModelConfig
-    network: CausalLM
-    tokenizer: Tokenizer | None
-    dtype: jnp.dtype
-    name: str
-    no_tokenizer: str = "no tokenizer; copy tokenizer.json beside the weights or give token ids"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def special_ids(self) -> list[int]:
-        """Tokens that are no text: the tokenizer's, and those that start, end and pad."""
-        config, ids = self.config, self.tokenizer.special_ids if self.tokenizer else []
-        own = (*config.eos_token_ids, config.bos_token_id, config.pad_token_id)
-        return sorted({*ids, *(token for token in own if token is not None)})
 
 
 def load(
@@ -82,36 +50,12 @@ def load(
     if compilation_cache:
         _use_compilation_cache()
     notes: list[str] = []
-    read = partial(_read_converted, verify=verify) if is_converted(folder) else _read_source
-    config, arrays = read(folder, chosen, notes)
-    network = network_from_arrays(config, arrays, dtype=chosen)
-    if (folder / LENS_FILE).is_file():
-        network = with_lens(network, Lens.load(folder / LENS_FILE, config))
+    network = read_network(folder, chosen, notes, checksums=verify)
+    config = network.config
     defaults = read_generation_defaults(folder, config.vocab_size, notes)
     tokenizer, problem = _tokenizer(folder, notes)
     _note_other_end(folder, tokenizer, config, defaults, notes)
     return Model(config, network, tokenizer, chosen, str(path_or_id), problem, defaults, tuple(dict.fromkeys(notes)))
-
-
-def _read_converted(
-    folder: Path, dtype: jnp.dtype, notes: list[str], *, verify: bool
-) -> tuple[ModelConfig, dict[str, Any]]:
-    kernels = from_manifest(read_manifest(folder, verify=verify).get("quantization"), str(folder))
-    config = hf_config(folder, notes)
-    shapes = expand(abstract_arrays(config, dtype=dtype), kernels, str(folder))
-    arrays: dict[str, Any] = {}
-    for part in sorted({part_of(path) for path in shapes}):
-        arrays |= read_part(folder, part, {path: s for path, s in shapes.items() if part_of(path) == part})
-    return config, collect(arrays, kernels, dtype)
-
-
-def _read_source(folder: Path, dtype: jnp.dtype, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
-    parts = Parts(Source(folder))
-    notes += parts.notes
-    arrays: dict[str, Any] = {}
-    for _, part in parts:
-        arrays |= {path: jnp.asarray(stored_as(array, dtype, path)) for path, array in part.items()}
-    return parts.config, arrays
 
 
 def _tokenizer(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, str]:

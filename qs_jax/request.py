@@ -12,7 +12,7 @@ from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.kernels import has_planes
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.tokenizer import Message
 
 _LONGEST_TOKEN = 256

@@ -17,7 +17,8 @@ from convert.source import Source
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.generation import GenerateOutput, generate
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
+from qs_jax.model import Model
 
 MODEL = Path(__file__).parent / "llama"
 PROMPTS = (

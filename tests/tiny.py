@@ -11,9 +11,9 @@ from jaxtyping import Float
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from qs_jax.fitting.rounding import round_to_nearest
 from qs_jax.lens import Lens, with_lens
-from qs_jax.loading import Model
-from qs_jax.matryoshka.rounding import round_to_nearest
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, forward, network_from_arrays, parse_config, random_network
 from qs_jax.tokenizer import Tokenizer
 

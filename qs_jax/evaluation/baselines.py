@@ -14,7 +14,7 @@ from qs_jax.evaluation.candidates import Space, all_at
 from qs_jax.evaluation.observation import observe
 from qs_jax.evaluation.scoring import Scores
 from qs_jax.evaluation.windows import Window
-from qs_jax.loading import Model
+from qs_jax.model import Model
 
 
 def uniform_stops(space: Space, prefix: int, *, lens: bool = False) -> list[Policy]:

@@ -15,7 +15,7 @@ from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.policy import Policy
 from qs_jax.errors import GenerationError
 from qs_jax.generation import CHUNK, generate, not_finite
-from qs_jax.loading import Model
+from qs_jax.model import Model
 
 try:
     import resource

@@ -9,7 +9,7 @@ import numpy as np
 from qs_jax.adaptive.policy import Policy
 from qs_jax.evaluation.windows import Window
 from qs_jax.generation import generate
-from qs_jax.loading import Model
+from qs_jax.model import Model
 
 _REPEATED = 4
 

@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.linalg import eigh, svd
 
 from qs_jax.errors import EvaluationError
+from qs_jax.fitting.activations import run_all
 from qs_jax.generation import not_finite
 from qs_jax.lens import Lens
-from qs_jax.loading import Model
-from qs_jax.matryoshka.calibration import run_all
+from qs_jax.model import Model
 from qs_jax.models.base import CausalLM
 
 Tokens = Float[np.ndarray, "tokens hidden"]

@@ -18,7 +18,7 @@ from qs_jax.evaluation.statistics import PerWindow, increase
 from qs_jax.evaluation.windows import Window
 from qs_jax.files import remove_whole, write_whole
 from qs_jax.kernels import has_planes
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
 from qs_jax.request import bind_policy
 

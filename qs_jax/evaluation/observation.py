@@ -12,7 +12,7 @@ from qs_jax.adaptive.fusion import DISTANCES
 from qs_jax.adaptive.policy import Distance, SignalName
 from qs_jax.adaptive.signals import SIGNALS, Evidence, Shown, entropy_bits
 from qs_jax.evaluation.windows import Window
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models.base import CausalLM
 
 OBSERVED: tuple[SignalName, ...] = tuple(name for name, signal in SIGNALS.items() if signal.flops_per_channel)

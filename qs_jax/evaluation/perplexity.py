@@ -9,7 +9,7 @@ from qs_jax.evaluation.scoring import OFF, Scores, score
 from qs_jax.evaluation.statistics import summary
 from qs_jax.evaluation.windows import Plan, Window
 from qs_jax.kernels import has_planes
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.request import bind_policy
 
 Advance = Callable[..., None]

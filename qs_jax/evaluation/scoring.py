@@ -18,8 +18,8 @@ from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.windows import Window
-from qs_jax.generation import CHUNK, network_at, not_finite
-from qs_jax.loading import Model
+from qs_jax.generation import CHUNK, not_finite
+from qs_jax.model import Model
 
 OFF = "off"
 
@@ -90,7 +90,7 @@ def score(
         GenerationError: bits are asked for and the model's weights are not Matryoshka.
         EvaluationError: logits are NaN or infinite in the model's dtype.
     """
-    network_at(model, bits)
+    model.network_at(bits)
     every = {OFF: dense(model.config), **policies}
     scores = {
         name: Scores.empty(model, bound, len(windows[0].scored), None if name == OFF else bits)
@@ -118,7 +118,7 @@ def _run(
     model: Model, windows: Sequence[Window], bound: BoundPolicy, bits: int | None = None
 ) -> tuple[Session, Chosen]:
     """One batch through a session; steps are joined."""
-    session = Session(network_at(model, bits), forced_request(windows, bound), bits=bits or FULL)
+    session = Session(model.network_at(bits), forced_request(windows, bound), bits=bits or FULL)
     chunks = []
     for chunk in session.chunks():
         if not np.isfinite(chunk.logprobs[chunk.emitted]).all():

@@ -16,7 +16,7 @@ from qs_jax.evaluation.observation import Observed, observe
 from qs_jax.evaluation.perplexity import Advance, evaluate
 from qs_jax.evaluation.windows import Plan, Window, cut
 from qs_jax.kernels import has_planes
-from qs_jax.loading import Model
+from qs_jax.model import Model
 
 
 def calibrate_model(

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from qs_jax.errors import EvaluationError, TokenizerError
-from qs_jax.loading import Model
+from qs_jax.model import Model
 
 LONGEST_PREFIX = 512
 """Unscored tokens before the scored ones, where the context allows it and nothing else is asked for."""

@@ -20,7 +20,8 @@ from qs_jax.checkpoint import MANIFEST, read_manifest, write_manifest
 from qs_jax.console import one_line
 from qs_jax.errors import QsJaxError
 from qs_jax.generation import generate
-from qs_jax.generation_defaults import read_generation_defaults, with_defaults
+from qs_jax.generation_defaults import read_generation_defaults
+from qs_jax.settings import with_defaults
 from qs_jax.tokenizer import Tokenizer
 from tests.folders import write_folder
 from tests.hostile.mutations import spoil_bytes, spoil_safetensors, spoil_text_or_json

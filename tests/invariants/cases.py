@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision, Probe
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from tests.invariants.running import imagine
 from tests.tiny import quantised, tiny_model, with_random_lens
 

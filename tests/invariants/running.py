@@ -21,7 +21,7 @@ from qs_jax.engine.decode import Controls, DecodeState
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
 from qs_jax.kernels import has_planes, is_nested
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
 from qs_jax.token_set import token_set
 from tests.oracle import Decoder, Outcome

@@ -3,7 +3,7 @@
 import pytest
 
 import qs_jax
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from tests.tiny import PROMPTS
 from tests.unit.test_decoding import SAMPLING
 

@@ -8,7 +8,7 @@ import pytest
 
 import qs_jax
 from qs_jax.engine.compilation import METER
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from tests.recording import Call, jitted_programs, recorded
 from tests.tiny import PROMPTS, tiny_model
 from tests.unit.test_decoding import SAMPLING

@@ -10,7 +10,7 @@ import pytest
 import qs_jax
 from qs_jax.adaptive.costs import Costs
 from qs_jax.engine.decode import decode_step
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, parse_config, random_network
 from tests.recording import Call, recorded
 from tests.tiny import CONFIGS

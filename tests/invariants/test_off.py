@@ -11,7 +11,7 @@ import pytest
 from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate, append, segment
 from qs_jax.kernels import has_planes
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from tests.invariants.cases import LAYERS, QUICK, THE_REST, Case, each, neutral, on
 from tests.invariants.running import Run, run
 from tests.tiny import tiny_model

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
+from qs_jax.model import Model
 from qs_jax.models import forward
 from tests.parity.variants import GOLDENS
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import qs_jax
 import qs_jax.cli
 from qs_jax.errors import GenerationError
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from tests.folders import write_folder
 from tests.reported.folders import NEW_TOKENS, PROMPT, llama
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import qs_jax
 import qs_jax.cli
 from qs_jax.console import print_json
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from tests.folders import write_folder
 from tests.reported.folders import LLAMA, tensors, write
 from tests.tiny import tiny_model

@@ -8,7 +8,7 @@ import pytest
 import qs_jax
 from qs_jax.engine.prefill import piece_width
 from qs_jax.errors import GenerationError, TokenizerError
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from tests.tiny import PROMPTS, reference_logits, tiny_model
 
 SAMPLING = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.2, "seed": 3}

@@ -17,7 +17,8 @@ from qs_jax.evaluation import lens as fitting
 from qs_jax.evaluation.lens import fit_lens
 from qs_jax.generation import generate
 from qs_jax.lens import LENS_FILE, Lens, with_lens
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
+from qs_jax.model import Model
 from tests.study import LETTERS, command, model_folder
 from tests.tiny import PROMPTS, tiny_model, with_random_lens
 

@@ -14,11 +14,12 @@ from qs_jax.adaptive.costs import Costs
 from qs_jax.checkpoint import MANIFEST
 from qs_jax.choices import BITS
 from qs_jax.errors import GenerationError
+from qs_jax.fitting.rounding import relative_errors, round_to_nearest
 from qs_jax.kernels import at_bits, has_planes, is_nested, plane_bytes, weights
-from qs_jax.loading import Model, load
+from qs_jax.loading import load
 from qs_jax.matryoshka.codec import pack, slice_of, unpack
 from qs_jax.matryoshka.kernel import NestedKernel, nested_kernel
-from qs_jax.matryoshka.rounding import relative_errors, round_to_nearest
+from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, forward
 from tests.tiny import PROMPTS, quantised, tiny_model
 from tests.unit.test_conversion import assert_refused, run, write_folder

@@ -16,11 +16,10 @@ import convert.calibrated
 from qs_jax.checkpoint import MANIFEST
 from qs_jax.choices import BITS
 from qs_jax.errors import CheckpointError
-from qs_jax.loading import load
-from qs_jax.matryoshka.calibration import hessians, kernels_of, run, run_all, with_kernels
-from qs_jax.matryoshka.fit import METHODS, Fit, Streams, fit_block
-from qs_jax.matryoshka.gptq import DAMPING, compensated_codes
-from qs_jax.matryoshka.grid import (
+from qs_jax.fitting.activations import hessians, kernels_of, run, run_all, with_kernels
+from qs_jax.fitting.fit import METHODS, Fit, Streams, fit_block
+from qs_jax.fitting.gptq import DAMPING, compensated_codes
+from qs_jax.fitting.grid import (
     COMPANDED,
     EVEN,
     Bend,
@@ -33,12 +32,13 @@ from qs_jax.matryoshka.grid import (
     refit,
     storable,
 )
+from qs_jax.fitting.refine import refined
+from qs_jax.fitting.rounding import grouped, nearest_codes, packed
+from qs_jax.fitting.tune import Tuning
+from qs_jax.loading import load
 from qs_jax.matryoshka.kernel import NestedKernel
-from qs_jax.matryoshka.refine import refined
-from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.slices import bent, straightened
 from qs_jax.matryoshka.streaming import multiply_groups, multiply_streams
-from qs_jax.matryoshka.tune import Tuning
 from qs_jax.models import arrays_by_path
 from tests.tiny import tiny_model
 from tests.unit.test_conversion import assert_refused, write_folder

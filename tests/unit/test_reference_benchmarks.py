@@ -13,7 +13,7 @@ from benchmarks.layer_convergence import layer_statistics, settled_from, summari
 from benchmarks.plots import Panel, draw
 from benchmarks.reference_card import card, loss_panels, moving_average
 from benchmarks.reference_text import packed, token_bytes, total_nats, windows
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.models import forward
 from reference_models.tokens import train_tokenizer
 from tests.tiny import tiny_model

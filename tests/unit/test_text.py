@@ -11,7 +11,7 @@ import qs_jax
 from qs_jax.engine.stopping import Detokenizer, StopStrings
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.generation import GenerateOutput, StreamPiece
-from qs_jax.loading import Model
+from qs_jax.model import Model
 from qs_jax.tokenizer import Tokenizer
 from tests.tiny import character_tokenizer, tiny_model, tiny_tokenizer
 

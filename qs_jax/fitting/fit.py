@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qs_jax.choices import BITS
-from qs_jax.matryoshka.calibration import hessians, kernels_of, run_all, with_kernels
-from qs_jax.matryoshka.gptq import compensated_codes
-from qs_jax.matryoshka.grid import EVEN, Bend, Grid, SliceWeights, between_extremes, refit
+from qs_jax.fitting.activations import hessians, kernels_of, run_all, with_kernels
+from qs_jax.fitting.gptq import compensated_codes
+from qs_jax.fitting.grid import EVEN, Bend, Grid, SliceWeights, between_extremes, refit
+from qs_jax.fitting.refine import refined
+from qs_jax.fitting.rounding import grouped, nearest_codes, packed
+from qs_jax.fitting.tune import Coded, Tuning, tuned
 from qs_jax.matryoshka.kernel import NestedKernel
-from qs_jax.matryoshka.refine import refined
-from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
-from qs_jax.matryoshka.tune import Coded, Tuning, tuned
 from qs_jax.models.base import Block, Hidden
 
 METHODS = ("rtn", "refit", "refit+tune", "gptq", "gptq+tune")

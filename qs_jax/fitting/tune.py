@@ -14,8 +14,8 @@ import optax
 from jaxtyping import Array, Float, UInt8
 
 from qs_jax.choices import BITS
-from qs_jax.matryoshka.calibration import batches, run, with_kernels
-from qs_jax.matryoshka.grid import Grid, across, read, storable
+from qs_jax.fitting.activations import batches, run, with_kernels
+from qs_jax.fitting.grid import Grid, across, read, storable
 from qs_jax.models.base import Block, Hidden
 
 

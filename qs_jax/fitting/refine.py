@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from qs_jax.choices import BITS
-from qs_jax.matryoshka.gptq import DAMPING, Hessians
-from qs_jax.matryoshka.grid import Grid, Grouped, across, best_codes, levels_of, read, storable
+from qs_jax.fitting.gptq import DAMPING, Hessians
+from qs_jax.fitting.grid import Grid, Grouped, across, best_codes, levels_of, read, storable
 
 Codes = UInt8[Array, "groups group_size outputs"]
 Pull = Float[Array, "slices group_size outputs"]

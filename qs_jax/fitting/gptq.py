@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from qs_jax.choices import BITS
-from qs_jax.matryoshka.grid import Grid, best_codes, read
+from qs_jax.fitting.grid import Grid, best_codes, read
 
 Hessians = Float[Array, "slices inputs inputs"]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from qs_jax.choices import BITS
-from qs_jax.matryoshka.grid import EVEN, Bend, Grid, Grouped, across, between_extremes, nearest, stored_offsets
+from qs_jax.fitting.grid import EVEN, Bend, Grid, Grouped, across, between_extremes, nearest, stored_offsets
 from qs_jax.matryoshka.kernel import NestedKernel, groups_of, nested_kernel
 
 

@@ -1,0 +1,59 @@
+"""A folder's network on the default device, from a converted folder or a Hugging Face one."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from convert.parts import Parts, hf_config, stored_as
+from convert.source import Source
+from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
+from qs_jax.config import ModelConfig
+from qs_jax.lens import LENS_FILE, Lens, with_lens
+from qs_jax.matryoshka.stored import collect, expand, from_manifest
+from qs_jax.models import abstract_arrays, network_from_arrays
+from qs_jax.models.base import CausalLM
+
+
+def read_network(folder: Path, dtype: jnp.dtype, notes: list[str], *, checksums: bool = True) -> CausalLM:
+    """Weights part by part, and the lens if there is one.
+
+    Args:
+        folder: what `locate` found.
+        dtype: of dense weights, on the device.
+        notes: takes one line for each value that was supplied, chosen or passed over.
+        checksums: compare a converted folder with those in its manifest first.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit its configuration.
+        ConfigError: the configuration cannot be used.
+    """
+    if is_converted(folder):
+        config, arrays = _read_converted(folder, dtype, notes, checksums=checksums)
+    else:
+        config, arrays = _read_source(folder, dtype, notes)
+    network = network_from_arrays(config, arrays, dtype=dtype)
+    if (folder / LENS_FILE).is_file():
+        network = with_lens(network, Lens.load(folder / LENS_FILE, config))
+    return network
+
+
+def _read_converted(
+    folder: Path, dtype: jnp.dtype, notes: list[str], *, checksums: bool
+) -> tuple[ModelConfig, dict[str, Any]]:
+    kernels = from_manifest(read_manifest(folder, verify=checksums).get("quantization"), str(folder))
+    config = hf_config(folder, notes)
+    shapes = expand(abstract_arrays(config, dtype=dtype), kernels, str(folder))
+    arrays: dict[str, Any] = {}
+    for part in sorted({part_of(path) for path in shapes}):
+        arrays |= read_part(folder, part, {path: s for path, s in shapes.items() if part_of(path) == part})
+    return config, collect(arrays, kernels, dtype)
+
+
+def _read_source(folder: Path, dtype: jnp.dtype, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    parts = Parts(Source(folder))
+    notes += parts.notes
+    arrays: dict[str, Any] = {}
+    for _, part in parts:
+        arrays |= {path: jnp.asarray(stored_as(array, dtype, path)) for path, array in part.items()}
+    return parts.config, arrays
