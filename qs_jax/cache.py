@@ -88,14 +88,14 @@ def append(
         layer = replace(layer, bias=layer.bias.at[rows, slots].set(bias, mode="drop"))
     return replace(
         layer,
-        keys=_written(layer.keys, rows, slots, k),
-        values=_written(layer.values, rows, slots, v),
+        keys=_with_slots(layer.keys, rows, slots, k),
+        values=_with_slots(layer.values, rows, slots, v),
         positions=layer.positions.at[rows, slots].set(positions, mode="drop"),
         lengths=jnp.minimum(layer.lengths + added, layer.capacity),
     )
 
 
-def _written(
+def _with_slots(
     slotted: Float[Array, "batch kv_heads capacity head_dim"],
     rows: Int[Array, "batch 1"],
     slots: Int[Array, "batch tokens"],

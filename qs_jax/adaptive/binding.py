@@ -1,8 +1,9 @@
 """A policy bound to a model: one pytree of its mechanisms, and refusal of what the model has no means for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import jax
 
@@ -19,6 +20,29 @@ _STATIC = {"static": True}
 
 Span = tuple[int, int]
 """Layers from the first number to below the second, which run or rest together."""
+
+
+class Mechanism(Protocol):
+    """What binding, engine and ledger know of every mechanism; how it decides is between it and the engine."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """After how many layers it decides."""
+        ...
+
+    @property
+    def probes(self) -> bool:
+        """Whether it needs the entropy of intermediate logits there."""
+        ...
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it needs the entropy of the previous step's output."""
+        ...
+
+    def flops(self, hidden_size: int) -> int:
+        """Of one decision about one token, the probe apart."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -40,23 +64,29 @@ class BoundPolicy:
     num_layers: int = field(metadata=_STATIC)
 
     @property
+    def on_prompt(self) -> tuple[Mechanism, ...]:
+        """What decides about prompt tokens."""
+        return tuple(part for part in (self.prompt_halting, self.fusion) if part is not None)
+
+    @property
+    def on_generated(self) -> tuple[Mechanism, ...]:
+        """What decides about generated tokens."""
+        return tuple(part for part in (self.decode_halting, self.precision) if part is not None)
+
+    @property
     def is_off(self) -> bool:
         """Whether this is the dense model."""
-        return self.prompt_halting is self.decode_halting is self.fusion is self.precision is None
+        return not self.on_prompt and not self.on_generated
 
     @property
     def stages(self) -> tuple[Span, ...]:
         """Prefill's spans of layers: after each but the last, tokens may halt or fuse, and the rest are gathered."""
-        acting = [part for part in (self.prompt_halting, self.fusion) if part is not None]
-        return _spans({layer for part in acting for layer in part.layers}, self.num_layers)
+        return _spans(self.on_prompt, self.num_layers)
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """Decode's spans of layers: each but the first rests when no row needs it."""
-        cuts = set(self.decode_halting.layers) if self.decode_halting else set()
-        if self.precision:
-            cuts |= {self.precision.decides_after} - {0, self.num_layers}
-        return _spans(cuts, self.num_layers)
+        return _spans(self.on_generated, self.num_layers)
 
     def demotes(self, layer: int) -> bool:
         """Whether halted tokens go on through this layer at fewer bits than others."""
@@ -72,7 +102,7 @@ class BoundPolicy:
     @property
     def remembers(self) -> bool:
         """Whether a decode step must keep the entropy of its output for the next one."""
-        return any(part.remembers for part in (self.decode_halting, self.precision) if part is not None)
+        return any(part.remembers for part in self.on_generated)
 
 
 def bind(
@@ -114,5 +144,6 @@ def dense(config: ModelConfig) -> BoundPolicy:
     return bind(Policy.off(), config, planes=False)
 
 
-def _spans(cuts: set[int], depth: int) -> tuple[Span, ...]:
-    return tuple(pairwise([0, *sorted(cuts), depth]))
+def _spans(parts: Iterable[Mechanism], depth: int) -> tuple[Span, ...]:
+    """Cut where one of them decides."""
+    return tuple(pairwise([0, *sorted({layer for part in parts for layer in part.layers}), depth]))

@@ -53,6 +53,14 @@ class BoundFusion:
         thresholds = threshold_table(fusion, layers, "fusion", depth)
         return cls(thresholds, fusion.distance, layers, fusion.position, fusion.size_bias)
 
+    @property
+    def probes(self) -> bool:
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        return False
+
     def decide(self, layer: int, hidden_states: Hidden, may_fuse: PerToken) -> PerToken:
         """Which tokens fuse with their left neighbour: see `pairs`."""
         return pairs(self.distance, hidden_states, may_fuse, self.thresholds[layer])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from qs_jax.adaptive.binding import BoundPolicy
+from qs_jax.adaptive.binding import BoundPolicy, Mechanism
 from qs_jax.adaptive.costs import ENTROPY_FLOPS, Costs
 from qs_jax.choices import BITS, FULL
 
@@ -106,14 +106,10 @@ class Ledger:
         return flops, read
 
     def _count_decision(self, part: StagePass) -> None:
-        policy, places, hidden = self.policy, part.rows * part.tokens, self.costs.hidden_size
-        halting, fusion = policy.prompt_halting, policy.fusion
-        if halting and part.stop in halting.layers:
-            self._control(places * halting.flops(hidden))
-            if halting.probes:
-                self._probe(places)
-        if fusion and part.stop in fusion.layers:
-            self._control(places * fusion.flops(hidden))
+        deciding, places = _deciding(self.policy.on_prompt, part.stop), part.rows * part.tokens
+        self._control(places * sum(mechanism.flops(self.costs.hidden_size) for mechanism in deciding))
+        if any(mechanism.probes for mechanism in deciding):
+            self._probe(places)
 
     def _control(self, flops: int) -> None:
         """Count what deciding costs."""
@@ -134,12 +130,12 @@ class Ledger:
             slots: capacity of each layer's cache, all of which attention looks at.
             twin_slots: the same for the dense twin, equal in all layers.
         """
-        costs, halting = self.costs, self.policy.decode_halting
+        costs = self.costs
         for step in range(steps):
             for index, (start, stop) in enumerate(self.policy.spans):
                 self._span(work, step, index, rows, range(start, stop), slots)
-                if halting and stop in halting.layers:
-                    self._control(rows * halting.flops(costs.hidden_size))
+                deciding = _deciding(self.policy.on_generated, stop)
+                self._control(rows * sum(mechanism.flops(costs.hidden_size) for mechanism in deciding))
                 if work.rows_probed[step, index]:
                     self._probe(int(work.rows_probed[step, index]))
         self.add_output_entropy(steps * rows)
@@ -230,6 +226,10 @@ class Ledger:
             return float(self.costs.weight_bits)
         adapts = self.policy.adapts_bits and self.decode_layers
         return self.decode_bits / self.decode_layers if adapts else float(self.bits)
+
+
+def _deciding(mechanisms: Iterable[Mechanism], layer: int) -> list[Mechanism]:
+    return [mechanism for mechanism in mechanisms if layer in mechanism.layers]
 
 
 def _reduction(run: int, twin: int) -> float:

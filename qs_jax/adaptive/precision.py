@@ -49,9 +49,14 @@ class BoundPrecision:
         )
 
     @property
-    def decides_after(self) -> int:
-        """After how many layers bits are chosen: at once, unless the signal needs a state to probe."""
-        return self.layer if SIGNALS[self.signal].probes else 0
+    def layers(self) -> tuple[int, ...]:
+        """After how many layers bits are chosen: before the first, unless the signal needs a state to probe."""
+        return (self.layer,) if self.probes else ()
+
+    @property
+    def probes(self) -> bool:
+        """Whether it needs the entropy of intermediate logits."""
+        return SIGNALS[self.signal].probes
 
     @property
     def remembers(self) -> bool:
@@ -66,6 +71,10 @@ class BoundPrecision:
         """Bits of each token; 8 of those that are exempt."""
         bits = choose_bits(seen.read(self.signal), self.two_below, self.four_below)
         return jnp.where(exempt, FULL, bits)
+
+    def flops(self, hidden_size: int) -> int:
+        """Of one token's decision, the probe apart."""
+        return SIGNALS[self.signal].flops_per_channel * hidden_size
 
 
 def choose_bits(

@@ -138,7 +138,7 @@ def descend(model: CausalLM, cache: Cache, context: Context, policy: BoundPolicy
 
 def _first_bits(hidden_states: Hidden, context: Context, policy: BoundPolicy) -> Bits:
     """Precision as far as it is known before the first layer."""
-    if policy.precision is None or policy.precision.decides_after:
+    if policy.precision is None or policy.precision.layers:
         return jnp.full(context.idle.shape, FULL, jnp.int32)
     return policy.precision.decide(_evidence(0, Shown.by_none(hidden_states), context), context.protected)
 
@@ -241,23 +241,20 @@ def _decide(
     model: CausalLM, rows: Rows, shown: Shown, context: Context, policy: BoundPolicy, layer: int
 ) -> tuple[Rows, Int[Array, ""]]:
     """After `layer` layers: which rows halt, and at how many bits the others go on; rows the probe was taken on."""
-    halting = policy.decode_halting if policy.decode_halting and layer in policy.decode_halting.layers else None
-    precision = policy.precision if policy.precision and layer == policy.precision.decides_after else None
-    running = ~context.idle & ~rows.halted
+    halting, precision, running = policy.decode_halting, policy.precision, ~context.idle & ~rows.halted
 
     def probe() -> Float[Array, " batch"]:
         take = partial(probe_entropy, model, shortlist=policy.shortlist)
         return jax.lax.cond(running.any(), take, lambda h: jnp.zeros(h.shape[:1]), rows.hidden_states[:, 0])
 
-    seen, probes = _evidence(layer, shown, context, probe), False
-    if precision:
-        probes = True
+    seen = _evidence(layer, shown, context, probe)
+    if precision and layer in precision.layers:
         bits = precision.decide(seen, context.protected)
         # a row that has halted keeps its bits: whether its entropy was taken at all depends on its batch mates
         rows = rows._replace(bits=jnp.where(running, bits, rows.bits))
-    if halting:
-        probes |= halting.probes
+    if halting and layer in halting.layers:
         halts, signal = halting.decide(seen, context.protected)
         rows = rows._replace(halted=rows.halted | (halts & running), signal=jnp.where(running, signal, rows.signal))
+    probes = any(part.probes for part in policy.on_generated if layer in part.layers)
     probed = jnp.where(running.any(), running.shape[0], 0) if probes else 0
     return rows, jnp.asarray(probed, jnp.int32)

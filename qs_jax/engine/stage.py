@@ -39,7 +39,7 @@ from qs_jax.adaptive.signals import Evidence, Shown, probe_entropy
 from qs_jax.cache import Cache, LayerCache, append, segment
 from qs_jax.kernels import at_bits
 from qs_jax.models.attention import Segment, new_segment
-from qs_jax.models.base import CausalLM, Heads, LayerOutput
+from qs_jax.models.base import Block, CausalLM, Heads, LayerOutput
 
 
 class Tokens(NamedTuple):
@@ -139,27 +139,23 @@ def _layer(
     past = () if fresh else (segment(layer),)
     running = _Group(active, *block.kv(active.hidden_states, active.positions))
     groups = [running]
+
+    def through(block: Block, group: _Group) -> LayerOutput:
+        view = (*past, *(_seen_by(group.tokens, other, policy) for other in groups))
+        return block.run_over(group.tokens.hidden_states, group.tokens.positions, view, group.k, group.v)
+
     if resting is not None:
         low = at_bits(block, rule.resting_bits) if rule.resting_bits and policy.demotes(number) else block
         rested = _Group(resting, *rule.kv(low, resting.hidden_states, resting.positions))
         groups.append(rested)
         if rule.keeps_running:
-            after = low.run_over(*_inputs(rested, groups, past, policy)).hidden_states
-            resting = resting._replace(hidden_states=after)
+            resting = resting._replace(hidden_states=through(low, rested).hidden_states)
         elif number + 1 < policy.num_layers:
             resting = resting._replace(hidden_states=rule.carry(model, number, resting.hidden_states))
-    output = block.run_over(*_inputs(running, groups, past, policy))
+    output = through(block, running)
     for tokens, k, v in groups:
         layer = append(layer, k, v, tokens.positions, tokens.valid, _bias(tokens, policy))
     return output, resting, layer
-
-
-def _inputs(
-    queries: _Group, groups: Sequence[_Group], past: tuple[Segment, ...], policy: BoundPolicy
-) -> tuple[Array, Array, tuple[Segment, ...], Heads, Heads]:
-    """What a group takes into a layer, the last of it being what it sees, and its own keys and values."""
-    view = (*past, *(_seen_by(queries.tokens, group, policy) for group in groups))
-    return queries.tokens.hidden_states, queries.tokens.positions, view, queries.k, queries.v
 
 
 def _seen_by(queries: Tokens, group: _Group, policy: BoundPolicy) -> Segment:

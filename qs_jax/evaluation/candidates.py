@@ -1,4 +1,4 @@
-"""Policies worth trying on a model: one structure, many thresholds, so that the search compiles little.
+"""Policies worth trying on a model: they differ in thresholds alone, so that the search compiles little.
 
 Thresholds are placed where a given share of the tokens of some text would halt, fuse, or read fewer bits.
 """

@@ -24,5 +24,5 @@ def test_exempt_tokens_read_all_bits() -> None:
 
 
 def test_it_decides_at_once_unless_it_probes() -> None:
-    assert BoundPrecision.bind(Precision("previous_entropy", layer=2), 4).decides_after == 0
-    assert BoundPrecision.bind(Precision("entropy", layer=2), 4).decides_after == 2
+    assert BoundPrecision.bind(Precision("previous_entropy", layer=2), 4).layers == ()
+    assert BoundPrecision.bind(Precision("entropy", layer=2), 4).layers == (2,)
