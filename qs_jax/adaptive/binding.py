@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -22,6 +22,7 @@ Span = tuple[int, int]
 """Layers from the first number to below the second, which run or rest together."""
 
 
+@runtime_checkable
 class Mechanism(Protocol):
     """What binding, engine and ledger know of every mechanism; how it decides is between it and the engine."""
 

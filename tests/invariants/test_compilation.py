@@ -78,5 +78,5 @@ def test_no_program_is_left_out() -> None:
     with recorded() as calls:
         for scenario in SCENARIOS.values():
             scenario(tiny_model("llama"))
-    decoding = {name for name in jitted_programs() if not name.startswith(("evaluation.", "matryoshka."))}
+    decoding = {name for name in jitted_programs() if not name.startswith(("evaluation.", "fitting."))}
     assert {call.name for call in calls} == decoding
