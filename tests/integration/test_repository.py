@@ -18,7 +18,7 @@ import qs_jax
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
-LARGEST = 1_000_000
+LARGEST = 1 << 20
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".onnx"}
 
 
@@ -84,9 +84,9 @@ def test_nothing_large_and_no_weights_are_tracked() -> None:
 
 
 def test_large_files_and_weights_are_found() -> None:
-    files = {"reference_models/a/model.safetensors": 10**8, "tests/goldens/a.safetensors": 10**5, "a.py": 10**6}
+    files = {"reference_models/a/model.safetensors": 10**8, "tests/goldens/a.safetensors": 10**5, "a.py": 2**20}
     assert not unwanted(files)
-    bad = {"docs/film.mp4": 10**6 + 1, "tests/goldens/b.npz": 10**7, "tests/a.npz": 1, "weights.gguf": 1}
+    bad = {"docs/film.mp4": 2**20 + 1, "tests/goldens/b.npz": 10**7, "tests/a.npz": 1, "weights.gguf": 1}
     assert unwanted(files | bad) == set(bad)
 
 
