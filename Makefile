@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-parity test-install lint format bench notebooks clean
+.PHONY: help demo test test-slow test-parity test-install lint format bench notebooks docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/package: pyproject.toml
+$(VENV)/package: pyproject.toml qs_jax/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (set PYTHON=...)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable .
@@ -58,5 +58,12 @@ $(VENV)/notebooks: $(VENV)/package
 notebooks: $(VENV)/notebooks ## run the notebooks on the CPU and save what they print
 	@$(BIN)/python -m notebooks.execute
 
+$(VENV)/docs: $(VENV)/package
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs ## the documentation site, in docs/_build; a link that leads nowhere fails
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs docs/_build
+
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Quickstart
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/qs_jax/blob/main/notebooks/01_quickstart.ipynb)
+# *On Colab:* File → Open notebook → GitHub, with the address of the repository, which then also goes into `REPOSITORY`
+# below. In a clone nothing need be set.
 #
 # Convert a Hugging Face model, generate with it, stream from it, and see what the `balanced` policy saves.
 #
@@ -24,27 +25,33 @@
 # %% [markdown]
 # ## Install
 #
-# On Colab this fetches the repository and installs the package. The runtime's own `jax`, its drivers and `numpy` are
-# pinned to the versions that are there: they were built for the machine's accelerator and are never changed.
+# In a clone this installs the package where it is missing; elsewhere it fetches the repository first. The runtime's own
+# `jax`, its drivers and `numpy` are pinned to the versions that are there: they were built for the machine's accelerator
+# and are never changed.
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-REPOSITORY = "https://github.com/OWNER/qs_jax"
+REPOSITORY = os.environ.get("QS_JAX_REPOSITORY", "")  # where to clone from; not needed in a clone
 
 here = Path.cwd()
+places = [here, *here.parents, here / "qs_jax_repository"]
+clone = next((p for p in places if (p / "reference_models" / "llama" / "config.json").is_file()), None)
+if clone is None:
+    clone = places[-1]
+    assert REPOSITORY, "set REPOSITORY to the address that this notebook was opened from, and run the cell again"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(clone)], check=True)
 if importlib.util.find_spec("qs_jax") is None:
     kept = [d for d in distributions() if d.name.lower().startswith(("jax", "libtpu", "numpy"))]
     Path("kept.txt").write_text("\n".join(f"{d.name}=={d.version}" for d in kept))
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "qs_jax_repository"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "kept.txt", "./qs_jax_repository"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "kept.txt", str(clone)], check=True)
 
-places = [here, *here.parents, here / "qs_jax_repository"]
-REFERENCE = next(p / "reference_models" for p in places if (p / "reference_models" / "llama" / "config.json").is_file())
+REFERENCE = clone / "reference_models"
 
 # %% [markdown]
 # ## Which device

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Llama on a TPU
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/qs_jax/blob/main/notebooks/02_llama_on_tpu.ipynb)
+# *On Colab:* File → Open notebook → GitHub, with the address of the repository, which then also goes into `REPOSITORY`
+# below. In a clone nothing need be set.
 #
 # A gated model from the hub, converted on a runtime with little memory, in bfloat16 on an accelerator.
 #
@@ -32,22 +33,27 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-REPOSITORY = "https://github.com/OWNER/qs_jax"
+REPOSITORY = os.environ.get("QS_JAX_REPOSITORY", "")  # where to clone from; not needed in a clone
 
 here = Path.cwd()
+places = [here, *here.parents, here / "qs_jax_repository"]
+clone = next((p for p in places if (p / "reference_models" / "llama" / "config.json").is_file()), None)
+if clone is None:
+    clone = places[-1]
+    assert REPOSITORY, "set REPOSITORY to the address that this notebook was opened from, and run the cell again"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(clone)], check=True)
 if importlib.util.find_spec("qs_jax") is None:
     kept = [d for d in distributions() if d.name.lower().startswith(("jax", "libtpu", "numpy"))]
     Path("kept.txt").write_text("\n".join(f"{d.name}=={d.version}" for d in kept))
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "qs_jax_repository"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "kept.txt", "./qs_jax_repository"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "kept.txt", str(clone)], check=True)
 
-places = [here, *here.parents, here / "qs_jax_repository"]
-REFERENCE = next(p / "reference_models" for p in places if (p / "reference_models" / "llama" / "config.json").is_file())
+REFERENCE = clone / "reference_models"
 
 # %% [markdown]
 # ## Device and memory
@@ -56,7 +62,6 @@ REFERENCE = next(p / "reference_models" for p in places if (p / "reference_model
 # download and the converted folder.
 
 # %%
-import os
 import shutil
 
 import jax

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Matryoshka weights: 8, 4 and 2 bits from one set of codes
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/qs_jax/blob/main/notebooks/04_matryoshka.ipynb)
+# *On Colab:* File → Open notebook → GitHub, with the address of the repository, which then also goes into `REPOSITORY`
+# below. In a clone nothing need be set.
 #
 # How nested codes are stored and read, the error they make in every layer, what that does to text and perplexity, and
 # whether it pays to choose the precision per token.
@@ -29,22 +30,27 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-REPOSITORY = "https://github.com/OWNER/qs_jax"
+REPOSITORY = os.environ.get("QS_JAX_REPOSITORY", "")  # where to clone from; not needed in a clone
 
 here = Path.cwd()
+places = [here, *here.parents, here / "qs_jax_repository"]
+clone = next((p for p in places if (p / "reference_models" / "llama" / "config.json").is_file()), None)
+if clone is None:
+    clone = places[-1]
+    assert REPOSITORY, "set REPOSITORY to the address that this notebook was opened from, and run the cell again"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(clone)], check=True)
 if importlib.util.find_spec("qs_jax") is None:
     kept = [d for d in distributions() if d.name.lower().startswith(("jax", "libtpu", "numpy"))]
     Path("kept.txt").write_text("\n".join(f"{d.name}=={d.version}" for d in kept))
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "qs_jax_repository"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "kept.txt", "./qs_jax_repository"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "kept.txt", str(clone)], check=True)
 
-places = [here, *here.parents, here / "qs_jax_repository"]
-REFERENCE = next(p / "reference_models" for p in places if (p / "reference_models" / "llama" / "config.json").is_file())
+REFERENCE = clone / "reference_models"
 
 # %%
 import json

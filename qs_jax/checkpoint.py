@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qs_jax.errors import CheckpointError
 from qs_jax.files import LONGEST_NAME
@@ -151,7 +152,8 @@ def write_part(folder: Path, part: str, arrays: Arrays) -> None:
     try:
         # In a thread of its own: an interrupt waits for Orbax's writers here, so that nothing comes after the clean-up.
         with _quiet_orbax() as orbax, ThreadPoolExecutor(1) as writer:
-            writer.submit(orbax.save_pytree, (folder / _WEIGHTS / part).absolute(), _nested(arrays)).result()
+            tree = unflatten_dict(dict(arrays), sep=".")
+            writer.submit(orbax.save_pytree, (folder / _WEIGHTS / part).absolute(), tree).result()
     except Exception as error:  # Orbax and TensorStore raise almost anything on a full disk
         raise CheckpointError(f"{folder / _WEIGHTS / part}: cannot be written ({_reason(error)})") from error
 
@@ -166,12 +168,12 @@ def read_part(folder: Path, part: str, shapes: Mapping[str, jax.ShapeDtypeStruct
     wanted = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for p, s in shapes.items()}
     try:
         with _quiet_orbax() as orbax:
-            tree = orbax.load_pytree((folder / _WEIGHTS / part).absolute(), _nested(wanted))
+            tree = orbax.load_pytree((folder / _WEIGHTS / part).absolute(), unflatten_dict(wanted, sep="."))
     except Exception as error:  # Orbax and TensorStore raise almost anything on a damaged store
         raise CheckpointError(
             f"{folder / _WEIGHTS / part}: cannot be loaded ({_reason(error)}); convert again"
         ) from error
-    return _flat(tree)
+    return cast(dict[str, jax.Array], flatten_dict(tree, sep="."))
 
 
 def _reason(error: BaseException) -> str:
@@ -246,21 +248,3 @@ def _quiet_orbax() -> Iterator[Any]:
         import orbax.checkpoint.experimental.v1 as orbax
 
         yield orbax
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return tree
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

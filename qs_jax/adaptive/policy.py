@@ -41,7 +41,7 @@ class Halting:
             (decode only, free), `random` a uniform number per token and layer (the baseline the others must beat).
         thresholds: a token halts where its signal is below; one for all layers or one per layer. 0 never halts,
             infinity always.
-        layers: after which layers a token may halt; between them layers run or rest together. None: every `step`th
+        layers: after which layers a token may halt; between them layers run or rest together. None: every `step`-th
             layer from the fraction `start` of the depth on.
         entropy_below: besides, the token's entropy must be below this many bits; None asks for no entropy.
         entropy_source: which entropy that is: `entropy` (the probe) or `previous_entropy` (decode only).
@@ -80,7 +80,7 @@ class Fusion:
     Attributes:
         distance: `cosine` 1 - cos(h_t, h_u), or `l2` the paper's ‖h_t - h_u‖.
         thresholds: a pair fuses where its distance is below; one for all layers or one per layer.
-        layers: after which layers; None: every `step`th from the fraction `start` of the depth on.
+        layers: after which layers; None: every `step`-th from the fraction `start` of the depth on.
         position: the position of the fused token: its right token's, the floor of the pair's mean weighted by size, or
             its left token's.
         size_bias: add log(size) to its attention logits, so that it weighs as its members did (ToMe, arXiv 2210.09461).

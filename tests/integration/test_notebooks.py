@@ -1,7 +1,9 @@
 """The saved notebooks are what their sources say, ran to the end, and show nothing of the machine that ran them."""
 
+import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
-BADGE = "https://colab.research.google.com/github/{}/blob/main/notebooks/{}.ipynb"
 
 pytestmark = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
@@ -52,10 +53,33 @@ def test_it_keeps_the_jax_of_its_runtime(source: Path) -> None:
     assert not re.search(r"pip.*(-U|--upgrade)", text)
 
 
-def test_badges_open_the_repository_that_is_installed(source: Path) -> None:
-    text = source.read_text(encoding="utf-8")
-    found = re.search(r'REPOSITORY = "https://github.com/([\w./-]+)"', text)
-    assert found
-    badge = BADGE.format(found[1], source.stem)
-    assert badge in text
-    assert badge in (ROOT / "README.md").read_text(encoding="utf-8")
+def commands_of_the_first_cell(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What it runs in a folder where the package is not installed."""
+    run: list[list[str]] = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: run.append(command))
+    monkeypatch.setattr(Path, "cwd", lambda: folder)
+    monkeypatch.setattr(Path, "write_text", lambda *_: None)
+    first = next(cell for cell in cells(source) if cell["cell_type"] == "code")
+    exec("".join(first["source"]), {})
+    return run
+
+
+def test_a_clone_installs_itself(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (install,) = commands_of_the_first_cell(source, source.parent, monkeypatch)
+    assert install[1:4] == ["-m", "pip", "install"]
+    assert install[-1] == str(ROOT)
+
+
+def test_elsewhere_the_repository_is_fetched_from_where_the_user_says(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QS_JAX_REPOSITORY", "https://example.org/qs_jax")
+    clone, install = commands_of_the_first_cell(source, tmp_path, monkeypatch)
+    place = str(tmp_path / "qs_jax_repository")
+    assert clone[:2] == ["git", "clone"]
+    assert clone[-2:] == ["https://example.org/qs_jax", place]
+    assert install[-1] == place
+    monkeypatch.delenv("QS_JAX_REPOSITORY")
+    with pytest.raises(AssertionError, match="set REPOSITORY"):
+        commands_of_the_first_cell(source, tmp_path, monkeypatch)

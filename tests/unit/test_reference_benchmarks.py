@@ -1,4 +1,4 @@
-"""The pure parts of the reference models' benchmarks: windows, bytes, per-layer statistics, the card."""
+"""The pure parts of what measures the reference models: windows, bytes, per-layer statistics, the card."""
 
 import math
 from pathlib import Path
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.layer_convergence import layer_statistics, settled_from, summarise
 from benchmarks.plots import Panel, draw
-from benchmarks.reference_card import card, loss_panels, moving_average
-from benchmarks.reference_text import packed, token_bytes, total_nats, windows
 from qs_jax.model import Model
 from qs_jax.models import forward
+from reference_models.card import card, loss_panels, moving_average
+from reference_models.held_out import packed, token_bytes, total_nats, windows
+from reference_models.layer_convergence import layer_statistics, settled_from, summarise
 from reference_models.tokens import train_tokenizer
 from tests.tiny import tiny_model
 

@@ -1,6 +1,8 @@
 """How early do the layers of a model agree with its last one? What halting could save at the very best.
 
-    python -m benchmarks.layer_convergence  # writes results/layer_convergence.json, docs/layer_convergence.md and .png
+    python -m reference_models.layer_convergence
+
+writes benchmarks/results/layer_convergence.json, docs/layer_convergence.md and its figure.
 
 Teacher-forced on held-out text, every layer in full; for each layer: how far it moves the residual stream, how close
 that is to where it ends, and what the model's own head would say there (the logit lens).
@@ -35,16 +37,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from benchmarks import reference_text
 from benchmarks.harness import write_result
 from benchmarks.plots import Panel, draw
 from qs_jax.console import reporting_errors
 from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.models import CausalLM
+from reference_models import held_out
 
-DOCS = Path(__file__).parents[1] / "docs"
-MODELS = tuple(Path(__file__).parents[1] / "reference_models" / name for name in ("gpt2", "llama"))
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+MODELS = tuple(HERE / name for name in ("gpt2", "llama"))
 TOKENS_PER_SLICE = 4096
 WINDOW = 512
 
@@ -71,8 +74,8 @@ def layer_statistics(network: CausalLM, tokens: Int[Array, "1 window"]) -> Stats
 def study(model: Model, folder: Path) -> dict[str, Any]:
     """Means over the held-out slices together, one row per layer."""
     gathered: list[dict[str, np.ndarray]] = []
-    for piece in reference_text.slices():
-        stream, _ = reference_text.packed(folder / "tokenizer.json", piece.documents, TOKENS_PER_SLICE)
+    for piece in held_out.slices():
+        stream, _ = held_out.packed(folder / "tokenizer.json", piece.documents, TOKENS_PER_SLICE)
         whole = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, 1, WINDOW)
         gathered += [jax.tree.map(np.asarray, layer_statistics(model.network, jnp.asarray(w))) for w in whole]
     together = {key: np.concatenate([stats[key] for stats in gathered], axis=1) for key in gathered[0]}
@@ -158,7 +161,8 @@ greedy choice.
 
 ![layer convergence](layer_convergence.png)
 
-`python -m benchmarks.layer_convergence` writes this page, the figure and `benchmarks/results/layer_convergence.json`.
+`python -m reference_models.layer_convergence` writes this page, the figure and
+`benchmarks/results/layer_convergence.json`.
 
 Both models are briefly trained (their cards say how much), and that matters: after under a million tokens the oracle
 ran 37 % (GPT-2) and 52 % (Llama) of the layers, after three to four times as many what stands below. A fully trained

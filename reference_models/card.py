@@ -1,7 +1,7 @@
 """The model card of a reference model: measure every figure in it, draw its loss curve, write its README.md.
 
-    python -m benchmarks.reference_card reference_models/gpt2     # writes benchmarks/results/reference_gpt2.json too
-    python -m benchmarks.reference_card reference_models/llama
+    python -m reference_models.card reference_models/gpt2     # writes benchmarks/results/reference_gpt2.json too
+    python -m reference_models.card reference_models/llama
 
 Perplexity is per token of the model's own vocabulary; bits per byte compare across vocabularies. Both count the
 separators between documents. Of each slice the first 16,384 tokens are scored, in windows of 512 that overlap by half.
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import reference_text
 from benchmarks.harness import write_result
 from benchmarks.plots import Panel, draw
 from convert.parts import Parts
@@ -24,6 +23,7 @@ from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.loading import load
 from qs_jax.model import Model
+from reference_models import held_out
 from reference_models.export import RECORD
 
 _SMOOTHED = 15
@@ -32,12 +32,12 @@ _ARCHITECTURES = {"gpt2": "GPT-2", "llama": "Llama"}
 
 def measure(model: Model, folder: Path) -> list[dict[str, Any]]:
     """Perplexity and bits per byte of every held-out slice."""
-    found = reference_text.slices()
+    found = held_out.slices()
     rows = []
     with progress("scoring", total=len(found)) as advance:
         for piece in found:
-            stream, size = reference_text.packed(folder / "tokenizer.json", piece.documents)
-            nats, tokens = reference_text.total_nats(model.network, stream)
+            stream, size = held_out.packed(folder / "tokenizer.json", piece.documents)
+            nats, tokens = held_out.total_nats(model.network, stream)
             rows.append(
                 {
                     "slice": piece.name,
@@ -86,7 +86,7 @@ def card(model: Model, parameters: int, record: dict[str, Any], rows: list[dict[
         f" ({kv} of keys and values)" if kv < config.num_attention_heads else ""
     )
     shares = ", ".join(f"{source} {share:.0%}" for source, share in recipe["mixture"].items())
-    held_out = "\n".join(f"* {row['slice']}: {row['note']}" for row in rows)
+    slices = "\n".join(f"* {row['slice']}: {row['note']}" for row in rows)
     table = "\n".join(
         f"| {row['slice']} | {row['tokens']:,} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} |" for row in rows
     )
@@ -119,7 +119,7 @@ recipe, the loss log and how far the run went are in `training.json`.
 Sources: 90 English novels of 1839–1930 (public domain), C4 (ODC-BY), WikiText-103 (CC BY-SA 3.0), TinyStories
 (CDLA-Sharing-1.0). Held out, never trained on:
 
-{held_out}
+{slices}
 
 ## Perplexity
 
@@ -127,8 +127,8 @@ Sources: 90 English novels of 1839–1930 (public domain), C4 (ODC-BY), WikiText
 |---|---|---|---|
 {table}
 
-The first {reference_text.LIMIT:,} tokens of each, in windows of {reference_text.WINDOW} that overlap by half,
-separators between documents counted; float32. `python -m benchmarks.reference_card reference_models/{name}` measures
+The first {held_out.LIMIT:,} tokens of each, in windows of {held_out.WINDOW} that overlap by half,
+separators between documents counted; float32. `python -m reference_models.card reference_models/{name}` measures
 all of it again and writes this page and `benchmarks/results/reference_{name}.json`.
 
 `policy.json` was calibrated for at most +0.2 perplexity, and needs `lens.safetensors`; both are written by
@@ -147,7 +147,7 @@ def main() -> None:
         record = json.loads((folder / RECORD).read_text("utf-8"))
         model = load(folder, dtype="float32")
         rows = measure(model, folder)
-        settings = {"window": reference_text.WINDOW, "most_tokens_per_slice": reference_text.LIMIT, "dtype": "float32"}
+        settings = {"window": held_out.WINDOW, "most_tokens_per_slice": held_out.LIMIT, "dtype": "float32"}
         print(
             write_result(
                 f"reference_{folder.name}",
