@@ -1,20 +1,17 @@
 """What a model's folder says of how to generate: `generation_config.json`, for what a call leaves out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qs_jax.adaptive.policy import Policy
 from qs_jax.choices import is_whole
+from qs_jax.config import ModelConfig
 from qs_jax.errors import GenerationError
 from qs_jax.files import read_json
-from qs_jax.generation_config import GenerationConfig
+from qs_jax.generation_config import IDS, NEUTRAL, OPEN, SAMPLING, GenerationConfig, GenerationSettings
 
 FILE = "generation_config.json"
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-_IDS = ("eos_token_id", "pad_token_id")
-_TAKEN = ("do_sample", *_SAMPLING, "repetition_penalty", *_IDS)
-"""Fields that are taken. Lengths are not: how much to generate is the call's to say."""
 
 _NOT_IMPLEMENTED = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1),
@@ -30,6 +27,7 @@ def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) ->
     """The settings of `generation_config.json`, by their names in `GenerationConfig`; without that file those that
     older folders have in `config.json`, as in transformers.
 
+    Lengths are not taken: how much to generate is the call's to say.
     Ids that no token has are passed over, and settings that are not implemented are not used, each with a note.
 
     Raises:
@@ -38,16 +36,16 @@ def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) ->
     written = read_json(folder / FILE)
     own = (folder / FILE).is_file()
     if not own:
-        written = {name: value for name, value in read_json(folder / "config.json").items() if name not in _IDS}
+        written = {name: value for name, value in read_json(folder / "config.json").items() if name not in IDS}
     for name in sorted(_NOT_IMPLEMENTED.keys() & written.keys()):
         if written[name] not in (None, False, _NOT_IMPLEMENTED[name], [], {}):
             notes.append(f"{folder}: {name}={written[name]!r} is not implemented, and generation goes on without it")
-    said = {name: value for name, value in written.items() if name in _TAKEN and value is not None}
+    said = {name: value for name, value in written.items() if name in OPEN and value is not None}
     if own and not said.get("eos_token_id") and said.get("eos_token_id") != 0:
         ends = read_json(folder / "config.json").get("eos_token_id")
         if ends is not None:
             notes.append(f"{folder / FILE}: names no eos_token_id; that of config.json, {ends}, ends a text")
-    for name in (name for name in _IDS if name in said):
+    for name in (name for name in IDS if name in said):
         values = said[name] if isinstance(said[name], list) else [said[name]]
         known = [token for token in values if not is_whole(token) or 0 <= token < vocab_size]
         if len(known) < len(values):
@@ -60,28 +58,50 @@ def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) ->
     return said
 
 
-def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
-    """The settings of a call, completed by a model's defaults as Hugging Face's `generate` does: field by field.
+def in_force(config: GenerationConfig, defaults: Mapping[str, Any], model: ModelConfig) -> GenerationSettings:
+    """What a call leaves open is filled in as Hugging Face's `generate` does, field by field: from a model's defaults,
+    then with neutral values and the ids of the model's configuration.
 
     Defaults that only shape sampling do not count where the call or the file decodes greedily.
 
-    Returns:
-        The configuration, and the names of the fields that the defaults gave.
+    Raises:
+        GenerationError: settings of sampling where neither call nor file asks for it, or a default out of range.
+    """
+    said = {name: getattr(config, name) for name in OPEN if getattr(config, name) is not None}
+    given = _given(said, defaults) if config.use_model_defaults else {}
+    open_to = {**NEUTRAL, "pad_token_id": model.pad_token_id, "eos_token_id": model.eos_token_ids, **given, **said}
+    if not open_to["do_sample"]:
+        config.refuse_sampling()
+    eos, pad = open_to.pop("eos_token_id"), open_to.pop("pad_token_id")
+    ends = tuple(map(int, eos if isinstance(eos, Iterable) else (eos,)))
+    return GenerationSettings(
+        policy=Policy.of(config.policy),
+        bits=config.bits,
+        max_new_tokens=config.max_new_tokens,
+        **open_to,
+        eos_token_ids=ends,
+        # the end of text where no padding is named, as in Hugging Face
+        pad_token_id=next(token for token in (pad, *ends, *model.eos_token_ids, 0) if token is not None),
+        stop_strings=tuple(config.stop_strings),
+        num_return_sequences=config.num_return_sequences,
+        seed=config.seed,
+        from_generation_config=tuple(sorted(given)),
+    )
+
+
+def _given(said: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that a call leaves room for.
 
     Raises:
-        GenerationError: a setting is unknown or out of range; it says so if the file is to blame.
+        GenerationError: one of them is out of range; the file is to blame.
     """
-    asked = {name: value for name, value in settings.items() if value is not None}
-    given = {name: value for name, value in defaults.items() if name not in asked}
-    if not asked.get("use_model_defaults", True):
-        given = {}
-    samples = asked.get("do_sample", given.get("do_sample", False))
-    if not samples:
-        given = {name: value for name, value in given.items() if name not in (*_SAMPLING, "do_sample")}
+    given = {name: value for name, value in defaults.items() if name not in said}
+    if not said.get("do_sample", given.get("do_sample", False)):
+        given = {name: value for name, value in given.items() if name not in (*SAMPLING, "do_sample")}
     try:
-        return GenerationConfig.of(**given, **asked), tuple(sorted(given))
+        GenerationConfig.of(**{"do_sample": said.get("do_sample"), **given})
     except GenerationError as error:
-        GenerationConfig.of(**{**asked, "do_sample": bool(samples)})  # what was asked for goes first
         raise GenerationError(
             f"{FILE} of the model: {error}; repair it, or ignore it (--no-generation-config, use_model_defaults=False)"
         ) from None
+    return given
