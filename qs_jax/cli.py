@@ -7,12 +7,23 @@ from typing import Annotated, Any
 import typer
 
 from qs_jax import cli_study
-from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options, load_model
+from qs_jax.cli_options import (
+    Bits,
+    Commands,
+    Common,
+    ModelArgument,
+    PolicyOption,
+    Version,
+    common_options,
+    load_model,
+)
 from qs_jax.console import aside, print_json, reporting_errors
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import NEUTRAL, GenerationConfig
 
 app = typer.Typer(
+    name="qs-jax",
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -24,8 +35,8 @@ DEFAULTS = GenerationConfig()
 
 
 @app.callback()
-def _commands() -> None:
-    """Keeps subcommands even where there is only one."""
+def _commands(version: Version = False) -> None:
+    """What stands before a command."""
 
 
 @app.command(

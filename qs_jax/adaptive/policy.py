@@ -18,9 +18,8 @@ from qs_jax.choices import BITS, is_number, is_whole
 from qs_jax.errors import PolicyError
 from qs_jax.files import write_whole
 
-Signal = Literal[
-    "relative_drift", "direction_drift", "raw_drift", "attention_update", "entropy", "previous_entropy", "random"
-]
+DriftSignal = Literal["relative_drift", "direction_drift", "raw_drift", "attention_update"]
+Signal = Literal[DriftSignal, "entropy", "previous_entropy", "random"]
 KvRule = Literal["zero", "drop", "frozen", "affine", "shallow"]
 Distance = Literal["cosine", "l2"]
 PositionRule = Literal["last", "mean", "first"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qs_jax.adaptive import signals
-from qs_jax.adaptive.policy import Distance, Signal
+from qs_jax.adaptive.policy import Distance, DriftSignal
 from qs_jax.evaluation.windows import Window
 from qs_jax.loading import Model
 from qs_jax.models.base import CausalLM
 
-_SIGNALS: tuple[Signal, ...] = ("relative_drift", "direction_drift", "raw_drift", "attention_update")
+_SIGNALS: tuple[DriftSignal, ...] = get_args(DriftSignal)
 _MOST_WINDOWS = 8
 
 
@@ -59,7 +60,7 @@ def observe(model: Model, windows: Sequence[Window], *, protect_first: int, prot
 @jax.jit
 def _look(
     model: CausalLM, tokens: Int[Array, "windows tokens"]
-) -> tuple[dict[Signal, Array], dict[Distance, Array], Array, Array]:
+) -> tuple[dict[DriftSignal, Array], dict[Distance, Array], Array, Array]:
     """Per layer, window and token: the drift signals, the distance to the token before, and, at the end, the output's
     entropy and after how many layers the most likely token was settled."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

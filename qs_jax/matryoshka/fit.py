@@ -25,8 +25,6 @@ from qs_jax.matryoshka.rounding import grouped, nearest_codes, packed
 from qs_jax.matryoshka.tune import Coded, Tuning, tuned
 from qs_jax.models.base import Block, Hidden
 
-METHODS = ("rtn", "refit", "refit+tune", "gptq", "gptq+tune")
-
 
 @dataclass(frozen=True)
 class Fit:
