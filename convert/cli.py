@@ -25,6 +25,7 @@ app = typer.Typer(
 
 
 @app.command(
+    "qs-convert",
     cls=Command,
     no_args_is_help=True,
     epilog="""Examples:

@@ -67,9 +67,9 @@ def run_command(main: Callable[..., Any], *arguments: Any, **settings: Any) -> N
         if type(raised).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
-            hint = f"; see {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
+            where = f"{error.ctx.command_path} " if getattr(error, "ctx", None) else ""
             message = error.format_message().rstrip(".")
-            print(f"error: {one_line(message[:1].lower() + message[1:] + hint)}", file=sys.stderr)
+            print(f"error: {one_line(f'{message[:1].lower()}{message[1:]}; see {where}--help')}", file=sys.stderr)
     if status == EXIT_INTERRUPTED:
         print("interrupted", file=sys.stderr)
     raise SystemExit(status if isinstance(status, int) else 0)
