@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qs_jax.adaptive.policy import DriftSignal, KvRule, Policy
+from qs_jax.choices import BITS
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation import lens as fitting
 from qs_jax.evaluation.calibration import Calibrated, Goal
@@ -167,8 +168,8 @@ def evaluate(
         advance: called after every measurement, for a progress bar.
 
     Raises:
-        EvaluationError: too little text, text that cannot be read, windows beyond the model's context, or calibration
-            text that is scored as well.
+        EvaluationError: too little text, text that cannot be read, windows beyond the model's context, bits that there
+            are not, or calibration text that is scored as well.
         PolicyError: a policy that there is not, or that asks for what the model does not have.
         GenerationError: bits are asked for and the model's weights are not Matryoshka.
         TokenizerError: the model has no tokenizer.
@@ -178,6 +179,8 @@ def evaluate(
         >>> found.perplexity_increase, found.ledger["flops_reduction"]
     """
     chosen, plan = Policy.of(policy), Plan(prefix, window, max_tokens, batch)
+    if bits not in (None, *BITS):
+        raise EvaluationError(f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}")
     if calibration_text is not None and not ablate:
         raise EvaluationError("calibration_text is for ablate; calibrate makes a policy to score")
     other = None if calibration_text is None else Corpus.of(calibration_text, calibration_documents)

@@ -153,6 +153,19 @@ def test_text_that_is_none_is_refused(model: Model, text: Any, complaint: str) -
             study(model, text)
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"bits": 3}, "bits is 3, expected one of 8, 4, 2"),
+        ({"calibration_text": [TEXT]}, "is for ablate"),
+        ({"batch": 0}, "batch is 0"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(model: Model, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(EvaluationError, match=complaint):
+        qs_jax.evaluate(model, [TEXT], **options)
+
+
 def test_a_calibration_is_asked_for_and_written(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the search does is tested where it is; here, what reaches it and what becomes of its answer."""
     asked: dict[str, Any] = {}
