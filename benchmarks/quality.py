@@ -33,19 +33,15 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, write_result
 from benchmarks.quality_report import table, write_report
-from convert.calibrated import calibrated_quantizer
-from convert.parts import Parts
 from convert.pipeline import convert
-from convert.quantize import DEFAULT_EXCLUDE, QuantizeOptions
-from convert.source import Source
 from qs_jax.adaptive.policy import Policy
 from qs_jax.console import progress
+from qs_jax.corpus import read_documents
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET
 from qs_jax.evaluation.lens import fit_lens
 from qs_jax.evaluation.perplexity import evaluate
 from qs_jax.evaluation.report import render
 from qs_jax.evaluation.study import study
-from qs_jax.evaluation.text import read_documents
 from qs_jax.evaluation.windows import Plan, cut, whole
 from qs_jax.files import write_whole
 from qs_jax.lens import LENS_FILE, Lens, with_lens
@@ -94,13 +90,14 @@ def studies() -> dict[str, Study]:
 
 def quantised(folder: Path, documents: list[str], target: Path) -> Path:
     """The model converted to Matryoshka codes, fitted on the documents."""
-    parts = Parts(Source(folder))
-    options = QuantizeOptions.of(method="gptq", group_size=64, exclude=DEFAULT_EXCLUDE, pin=None, text=True)
-    quantizer = calibrated_quantizer(options, parts, target, documents, name=STORIES, tokens=PLANES_TOKENS)
     convert(
-        parts, target, dtype="float32", name=folder.name, overwrite=False, advance=lambda: None, quantizer=quantizer
+        folder,
+        target,
+        quantize="matryoshka",
+        method="gptq",
+        calibration_text=documents,
+        calibration_tokens=PLANES_TOKENS,
     )
-    quantizer.done()
     return target
 
 

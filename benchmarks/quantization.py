@@ -37,7 +37,7 @@ from benchmarks.quantization_report import write_report
 from convert.calibrated import Calibration
 from qs_jax.choices import BITS
 from qs_jax.console import reporting_errors
-from qs_jax.evaluation.text import read_documents
+from qs_jax.corpus import read_documents
 from qs_jax.fitting.fit import Fit, Streams, fit_block
 from qs_jax.fitting.grid import COMPANDED, EVEN, Bend, Grid, between_extremes, refit
 from qs_jax.fitting.rounding import grouped, nearest_codes

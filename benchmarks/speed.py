@@ -30,8 +30,8 @@ from benchmarks.quality import STORIES
 from benchmarks.shapes import SHAPES, model_named, nested_model
 from qs_jax.adaptive.costs import Costs
 from qs_jax.console import reporting_errors
+from qs_jax.corpus import read_documents
 from qs_jax.evaluation.benchmark import bandwidth_probe
-from qs_jax.evaluation.text import read_documents
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.generation import generate
 from qs_jax.model import Model

@@ -3,24 +3,36 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert.defaults import CALIBRATION_TOKENS, CODEBOOK, DTYPE, EXCLUDE, GROUP_SIZE
 from convert.parts import Parts, stored_as
-from convert.quantize import Quantizer
+from convert.quantize import QuantizeOptions, Quantizer
+from convert.source import Source, locate
+from convert.verify import verify as compared
 from qs_jax.checkpoint import replacing, write_manifest, write_part
+from qs_jax.choices import DTYPES, SCHEMES
+from qs_jax.errors import CheckpointError, ConfigError
 from qs_jax.lens import LENS_FILE
+from qs_jax.progress import Advance, unseen
 from qs_jax.tokenizer_files import TOKENIZER_FILES
 
 _COPIED = ("generation_config.json", LENS_FILE, *TOKENIZER_FILES)
 _CALIBRATED = "policy.json"
 """Copied with the weights it was calibrated on, not with codes of them."""
 
-Advance = Callable[..., None]
+
+class IncompleteError(CheckpointError):
+    """The source lacks tensors, has some too many, or of a wrong shape; `report` names them all."""
+
+    def __init__(self, message: str, report: "Report"):
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass
@@ -57,13 +69,127 @@ def inspect(parts: Parts) -> Report:
 
 
 def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str = DTYPE,
+    revision: str | None = None,
+    verify: bool = False,
+    golden: str | Path | None = None,
+    overwrite: bool = False,
+    quantize: str | None = None,
+    method: str | None = None,
+    calibration_text: str | Path | Sequence[str] | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    group_size: int = GROUP_SIZE,
+    codebook: str = CODEBOOK,
+    exclude: str = EXCLUDE,
+    pin: str | None = None,
+    dry_run: bool = False,
+    advance: Advance = unseen,
+) -> Report:
+    """Convert Hugging Face weights (GPT-2, Llama, Mistral, Qwen2), part by part, into a folder for `qs_jax.load`.
+
+    The folder appears whole, or not at all. What `qs-convert` does, by the same names.
+
+    Args:
+        source: a Hugging Face folder with safetensors, or a hub id.
+        target: the folder to make.
+        dtype: "float32", "bfloat16" or "float16", in which weights are stored.
+        revision: branch, tag or commit of a hub id.
+        verify: compare logits on 500 tokens, and refuse what differs.
+        golden: with `verify`, a safetensors file with tokens, positions and logits to compare with.
+        overwrite: replace a converted folder that is there.
+        quantize: "matryoshka" for codes that can be read at 8, 4 or 2 bits.
+        method: with `quantize`: "rtn", or with text "refit", "refit+tune", "gptq", or "gptq+tune", which is the default
+            where there is text.
+        calibration_text: with `quantize`, text to fit codes on: a file, a name of a data set, or a list of documents.
+            Not what the model is evaluated on.
+        calibration_tokens: how many tokens of it to take.
+        group_size: with `quantize`, inputs that share a scale; a multiple of 8.
+        codebook: with `quantize`, "even" levels, or "companded": nearer at 4 and 2 bits, more to compute.
+        exclude: with `quantize`, module paths that stay dense, as a regular expression.
+        pin: with `quantize`, module paths that are always read at 8 bits, as a regular expression.
+        dry_run: check names and shapes, and write nothing.
+        advance: called once per part written, for a progress bar.
+
+    Returns:
+        What was done; sizes in bytes, times in seconds.
+
+    Raises:
+        IncompleteError: names or shapes do not fit the model.
+        CheckpointError: the source cannot be read, the target not be written, or `verify` found another model.
+        ConfigError: an architecture that is not supported, or an option out of range.
+        EvaluationError: calibration text that cannot be read.
+
+    Example:
+        >>> qs_jax.convert("path/to/model", "model", quantize="matryoshka", calibration_text="train.txt").notes
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if quantize not in (None, *SCHEMES):
+        raise ConfigError(f"quantize is {quantize!r}, expected one of {', '.join(SCHEMES)}")
+    shaped = {"method": method, "group_size": group_size, "exclude": exclude, "pin": pin, "codebook": codebook}
+    options = QuantizeOptions.of(**shaped, text=calibration_text is not None) if quantize is not None else None
+    name, target = str(source), Path(target)
+    folder = locate(name, revision)
+    parts = Parts(Source(folder))
+    report = inspect(parts)
+    try:
+        parts.plan.raise_if_incomplete(name)
+    except CheckpointError as error:
+        raise IncompleteError(str(error), report) from None
+    if dry_run:
+        return report
+    quantizer = _quantizer(options, parts, target, calibration_text, calibration_tokens)
+
+    def check(work: Path) -> dict[str, Any]:
+        reference = None if golden is None else Path(golden)
+        return compared(work, folder, reference, dtype, quantised=quantizer is not None, name=str(target))
+
+    advance(0, total=len(parts.names))
+    report = write_converted(
+        parts,
+        target,
+        dtype=dtype,
+        name=name,
+        overwrite=overwrite,
+        advance=advance,
+        quantizer=quantizer,
+        verify=check if verify else None,
+    )
+    if quantizer is not None:
+        quantizer.done()
+    return report
+
+
+def _quantizer(
+    options: QuantizeOptions | None,
+    parts: Parts,
+    target: Path,
+    text: str | Path | Sequence[str] | None,
+    tokens: int,
+) -> Quantizer | None:
+    """What turns dense kernels into quantised ones, if that is asked for."""
+    if options is None or text is None:
+        return None if options is None else Quantizer(options)
+    # the optimiser it needs is slow to import
+    from convert.calibrated import calibrated_quantizer
+    from qs_jax.corpus import Corpus
+
+    corpus = Corpus.of(text)
+    name = str(text) if isinstance(text, str | Path) else corpus.name
+    return calibrated_quantizer(options, parts, target, corpus.documents, name=name, tokens=tokens)
+
+
+def write_converted(
     parts: Parts,
     target: Path,
     *,
     dtype: str,
     name: str,
     overwrite: bool,
-    advance: Advance,
+    advance: Advance = unseen,
     quantizer: Quantizer | None = None,
     verify: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Report:

@@ -9,17 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qs_jax.choices import BITS
+from convert.defaults import CODEBOOK, EXCLUDE, GROUP_SIZE
+from qs_jax.choices import BITS, METHODS
 from qs_jax.errors import ConfigError
-from qs_jax.fitting.fit import METHODS
 from qs_jax.fitting.grid import CODEBOOKS
 from qs_jax.fitting.rounding import relative_errors, round_to_nearest
 from qs_jax.matryoshka.codec import BLOCK
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.matryoshka.stored import StoredKernel, kernel_arrays, to_manifest
 
-SCHEMES = ("matryoshka",)
-DEFAULT_EXCLUDE = "^embedding|^lm_head"
 _NEVER = re.compile("(?!)")
 
 Arrays = dict[str, np.ndarray]
@@ -37,22 +35,22 @@ class QuantizeOptions:
         codebook: one of CODEBOOKS.
     """
 
-    method: str = "rtn"
-    group_size: int = 64
-    exclude: re.Pattern[str] = re.compile(DEFAULT_EXCLUDE)
+    method: str = METHODS[0]
+    group_size: int = GROUP_SIZE
+    exclude: re.Pattern[str] = re.compile(EXCLUDE)
     pin: re.Pattern[str] = _NEVER
-    codebook: str = "even"
+    codebook: str = CODEBOOK
 
     @classmethod
     def of(
         cls,
         *,
-        method: str | None,
-        group_size: int,
-        exclude: str,
-        pin: str | None,
+        method: str | None = None,
+        group_size: int = GROUP_SIZE,
+        exclude: str = EXCLUDE,
+        pin: str | None = None,
         text: bool = False,
-        codebook: str = "even",
+        codebook: str = CODEBOOK,
     ) -> "QuantizeOptions":
         """Check what the user asked for; by default the best method there is, with text or without.
 

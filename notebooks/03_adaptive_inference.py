@@ -226,7 +226,7 @@ show(together, f"{MODEL.name}, halting + fusion + precision: green ran fewer lay
 # set `TEXT` to real text that neither the model nor the policy has seen.
 
 # %%
-from qs_jax.evaluation.text import read_documents
+from qs_jax.corpus import read_documents
 from qs_jax.evaluation.windows import Plan, cut
 
 if TEXT is None:

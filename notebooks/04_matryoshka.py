@@ -158,8 +158,8 @@ for name, loaded, bits in (("dense", dense, None), *((f"{bits} bits", planes, bi
 
 # %%
 from qs_jax.adaptive.policy import Policy, Precision
+from qs_jax.corpus import read_documents
 from qs_jax.evaluation.perplexity import evaluate
-from qs_jax.evaluation.text import read_documents
 from qs_jax.evaluation.windows import Plan, cut
 
 TEXT = None

@@ -4,7 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convert.pipeline import convert as convert
+    from qs_jax.adaptive.policy import Policy as Policy
     from qs_jax.errors import QsJaxError as QsJaxError
+    from qs_jax.evaluation.api import calibrate as calibrate
+    from qs_jax.evaluation.api import evaluate as evaluate
+    from qs_jax.evaluation.api import fit_lens as fit_lens
     from qs_jax.generation import GenerateOutput as GenerateOutput
     from qs_jax.generation import StreamPiece as StreamPiece
     from qs_jax.generation import generate as generate
@@ -19,8 +24,13 @@ _HOMES = {
     "GenerateOutput": "qs_jax.generation",
     "GenerationConfig": "qs_jax.generation_config",
     "Model": "qs_jax.model",
+    "Policy": "qs_jax.adaptive.policy",
     "QsJaxError": "qs_jax.errors",
     "StreamPiece": "qs_jax.generation",
+    "calibrate": "qs_jax.evaluation.api",
+    "convert": "convert.pipeline",
+    "evaluate": "qs_jax.evaluation.api",
+    "fit_lens": "qs_jax.evaluation.api",
     "generate": "qs_jax.generation",
     "load": "qs_jax.loading",
     "stream": "qs_jax.generation",
@@ -30,9 +40,14 @@ __all__ = [
     "GenerateOutput",
     "GenerationConfig",
     "Model",
+    "Policy",
     "QsJaxError",
     "StreamPiece",
     "__version__",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "fit_lens",
     "generate",
     "load",
     "stream",

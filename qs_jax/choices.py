@@ -12,6 +12,18 @@ FULL = BITS[0]
 DTYPES = ("float32", "bfloat16", "float16")
 """The types that weights may have."""
 
+METHODS = ("rtn", "refit", "refit+tune", "gptq", "gptq+tune")
+"""How Matryoshka codes are fitted: the first looks at weights alone, the others at text; the last does best."""
+
+CODEBOOK_NAMES = ("even", "companded")
+"""How the levels of codes lie: evenly, or nearer to each other where most weights are."""
+
+SCHEMES = ("matryoshka",)
+"""How weights may be quantised."""
+
+DOCUMENTS = ":"
+"""Which documents of a text, as a slice, where nobody says: all of them."""
+
 
 def is_whole(value: Any, least: int | None = None) -> bool:
     """Whole numbers of Python and numpy; booleans are not numbers here."""

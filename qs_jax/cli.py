@@ -7,12 +7,24 @@ from typing import Annotated, Any
 import typer
 
 from qs_jax import cli_study
-from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options, load_model
+from qs_jax.cli_options import (
+    Bits,
+    Commands,
+    Common,
+    ModelArgument,
+    PolicyOption,
+    Version,
+    common_options,
+    load_model,
+)
 from qs_jax.console import aside, print_json, reporting_errors
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
+from qs_jax.generation_defaults import NEUTRAL
 
 app = typer.Typer(
+    name="qs-jax",
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -24,8 +36,8 @@ DEFAULTS = GenerationConfig()
 
 
 @app.callback()
-def _commands() -> None:
-    """Keeps subcommands even where there is only one."""
+def _commands(version: Version = False) -> None:
+    """What stands before a command."""
 
 
 @app.command(
@@ -89,11 +101,11 @@ def generate(
             "seed": seed,
             **_sampling(sampling, asked=num_return_sequences > 1 or seed is not None),
         }
-        GenerationConfig.of(**{name: value for name, value in settings.items() if value is not None})
+        config = GenerationConfig.of(**settings)
         prompts: list[Any] = [_stdin() if text == "-" else text for text in prompt]
         if chat:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
-        _print_generation(load_model(model, common), prompts, settings, json=common.json)
+        _print_generation(load_model(model, common), prompts, config, json=common.json)
 
 
 @app.command(
@@ -116,12 +128,12 @@ def bench(
 ) -> None:
     """Measure prefill and decoding speed, and how much of the memory bandwidth decoding reaches."""
     with reporting_errors(common.debug):
-        GenerationConfig.of(policy=policy, bits=bits)
+        asked = GenerationConfig.of(policy=policy, bits=bits)
         from qs_jax.evaluation.benchmark import benchmark
 
         loaded = load_model(model, common)
         figures = benchmark(
-            loaded, policy=policy, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+            loaded, policy=asked.policy, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens
         )
         if common.json:
             print_json(figures)
@@ -175,18 +187,18 @@ def _sampling(settings: dict[str, Any], *, asked: bool) -> dict[str, Any]:
     return {**given, "do_sample": True} if given or asked else {}
 
 
-def _print_generation(loaded: Any, prompts: list[Any], settings: dict[str, Any], *, json: bool) -> None:
+def _print_generation(loaded: Any, prompts: list[Any], config: GenerationConfig, *, json: bool) -> None:
     from qs_jax.generation import generate, not_finite, stream
 
-    rows = len(prompts) * settings["num_return_sequences"]
+    rows = len(prompts) * config.num_return_sequences
     if json:
-        output = generate(loaded, prompts, **settings)
+        output = generate(loaded, prompts, config)
         print_json({**_whole(output), "notes": list(loaded.notes)})
     else:
         if rows == 1:
-            output = _print_stream(prompts[0], stream(loaded, prompts, **settings))
+            output = _print_stream(prompts[0], stream(loaded, prompts, config))
         else:
-            output = generate(loaded, prompts, **settings)
+            output = generate(loaded, prompts, config)
             for row, text in enumerate(output.texts):
                 print(f"--- {row + 1} of {rows} ({output.finish_reasons[row]})\n{text}")
         aside(_in_force(output))
@@ -203,10 +215,10 @@ def _whole(output: Any) -> dict[str, Any]:
 
 def _in_force(output: Any) -> str:
     """The settings that shaped the output, and which of them the model's own file gave."""
-    settings, neutral = output.settings, GenerationConfig()
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    settings = output.settings
     shown = ["sampled" if settings["do_sample"] else "greedy"]
-    shown += [f"{name} {settings[name]:g}" for name in names if settings[name] != getattr(neutral, name)]
+    changed = (name for name in NEUTRAL if name != "do_sample" and settings[name] != NEUTRAL[name])
+    shown += [f"{name} {settings[name]:g}" for name in changed]
     shown += [f"seed {output.seeds[0]}"] if settings["do_sample"] else []
     given = settings["from_generation_config"]
     return ", ".join(shown) + (f" (generation_config.json: {', '.join(given)})" if given else "")

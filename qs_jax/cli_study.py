@@ -5,27 +5,38 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from qs_jax.adaptive.policy import Halting, Policy
-from qs_jax.cli_options import Bits, Common, ModelArgument, PolicyOption, common_options, load_model
+from qs_jax.adaptive.policy import Policy
+from qs_jax.choices import DOCUMENTS
+from qs_jax.cli_options import (
+    Batch,
+    Bits,
+    Common,
+    Documents,
+    KvRuleOption,
+    MaxTokens,
+    ModelArgument,
+    Overwrite,
+    PolicyOption,
+    Prefix,
+    Signal,
+    Text,
+    WindowOption,
+    common_options,
+    load_model,
+)
 from qs_jax.console import print_json, progress, reporting_errors
 from qs_jax.errors import EvaluationError
-
-Text = Annotated[
-    str, typer.Option("--text", help="Text to score: txt, json, jsonl (.xz, .gz), or wikitext-103, wikitext-2, c4.")
-]
-Documents = Annotated[str, typer.Option(help="Which documents of the text, as a slice: 0:500, 500:, -100:.")]
-Prefix = Annotated[
-    int | None,
-    typer.Option(
-        help="Unscored tokens before each window; 0 scores every token. Default: 512, or the power of 2 that fits."
-    ),
-]
-WindowOption = Annotated[int, typer.Option("--window", help="Scored tokens per window.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to score, spread over the text.")]
-Batch = Annotated[int, typer.Option(help="Windows run together; 1 shows what decoding alone saves.")]
-
-_MEASUREMENTS = 40
-"""About how many a calibration takes, for the progress bar."""
+from qs_jax.evaluation.defaults import (
+    BATCH,
+    CALIBRATION_TOKENS,
+    CONFIDENCE,
+    LENS_TOKENS,
+    MAX_PPL_INCREASE,
+    SCORED_TOKENS,
+    SIGNAL,
+    WINDOW,
+)
+from qs_jax.evaluation.target import free_target
 
 EVAL_EXAMPLES = """Examples:
 
@@ -48,21 +59,21 @@ An interrupted calibration goes on where it was when the same command is given a
 def evaluate(
     model: ModelArgument,
     text: Text,
-    documents: Documents = ":",
+    documents: Documents = DOCUMENTS,
     policy: PolicyOption = "off",
     bits: Bits = None,
     prefix: Prefix = None,
-    window: WindowOption = 64,
-    max_tokens: MaxTokens = 2560,
-    batch: Batch = 8,
+    window: WindowOption = WINDOW,
+    max_tokens: MaxTokens = SCORED_TOKENS,
+    batch: Batch = BATCH,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also every combination of the mechanisms, and baselines.")
     ] = False,
     calibration_text: Annotated[
         str | None, typer.Option(help="With --ablate: other text, to calibrate policies for several budgets on.")
     ] = None,
-    calibration_documents: Documents = ":",
-    calibration_tokens: Annotated[int, typer.Option(help="Most tokens of it to score.")] = 4096,
+    calibration_documents: Documents = DOCUMENTS,
+    calibration_tokens: Annotated[int, typer.Option(help="Most tokens of it to score.")] = CALIBRATION_TOKENS,
     free_run: Annotated[int, typer.Option(min=0, help="Prefixes to continue greedily, beside the dense model.")] = 0,
     *,
     common: Common,
@@ -70,29 +81,34 @@ def evaluate(
     """Score text: perplexity under a policy beside the dense model's, with intervals, and what was saved."""
     with reporting_errors(common.debug):
         chosen = Policy.of(policy)
-        from qs_jax.evaluation.perplexity import passes
-        from qs_jax.evaluation.study import study
-        from qs_jax.evaluation.text import read_documents
+        from qs_jax.corpus import Corpus
+        from qs_jax.evaluation import api
         from qs_jax.evaluation.windows import Plan
 
-        plan = Plan(prefix, window, max_tokens, batch)
+        # what can be wrong without the model is, before it is loaded
+        Plan(prefix, window, max_tokens, batch)
         if calibration_text is not None and not ablate:
             raise EvaluationError("--calibration-text is for --ablate; qs-jax calibrate makes a policy to score")
-        other = read_documents(calibration_text, calibration_documents) if calibration_text else None
-        loaded, windows = _load(model, text, documents, plan, common)
-        with progress("scoring", _MEASUREMENTS if ablate else passes(windows, plan)) as advance:
-            result = study(
+        other = Corpus.of(calibration_text, calibration_documents) if calibration_text is not None else None
+        corpus = Corpus.of(text, documents)
+        loaded = load_model(model, common)
+        with progress("scoring") as advance:
+            found = api.evaluate(
                 loaded,
-                windows,
-                chosen,
-                plan,
+                corpus,
+                policy=chosen,
                 bits=bits,
-                ablated=ablate,
-                calibration=(other, calibration_tokens) if other else None,
-                free_runs=free_run,
+                prefix=prefix,
+                window=window,
+                max_tokens=max_tokens,
+                batch=batch,
+                ablate=ablate,
+                calibration_text=other,
+                calibration_tokens=calibration_tokens,
+                free_run=free_run,
                 advance=advance,
             )
-        result = {**result, "text": Path(text).name, "documents": documents}
+        result = found.to_json()
         if common.json:
             print_json(result)
             return
@@ -102,16 +118,6 @@ def evaluate(
                 f"{row['name']:40} perplexity {row['perplexity']:.3f} ({row['perplexity_increase']:+z.3f}), saved "
                 f"{row['flops_reduction']:z.1%} of FLOPs, {row['bytes_reduction']:z.1%} of weight bytes"
             )
-
-
-def _load(model: str, text: str, documents: str, plan: Any, common: Common) -> tuple[Any, Any]:
-    """The model and the windows; the text is read first, since it is the quicker to be wrong."""
-    from qs_jax.evaluation.text import read_documents
-    from qs_jax.evaluation.windows import cut
-
-    found = read_documents(text, documents)
-    loaded = load_model(model, common)
-    return loaded, cut(loaded, found, plan)
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:
@@ -134,44 +140,50 @@ def _print_evaluation(result: dict[str, Any]) -> None:
 def calibrate(
     model: ModelArgument,
     text: Text,
-    documents: Documents = ":",
-    max_ppl_increase: Annotated[float, typer.Option(help="Perplexity may rise by this much.")] = 0.2,
-    confidence: Annotated[float, typer.Option(help="That it does not rise more, from 0.5 to below 1.")] = 0.9,
+    documents: Documents = DOCUMENTS,
+    max_ppl_increase: Annotated[float, typer.Option(help="Perplexity may rise by this much.")] = MAX_PPL_INCREASE,
+    confidence: Annotated[float, typer.Option(help="That it does not rise more, from 0.5 to below 1.")] = CONFIDENCE,
     out: Annotated[str | None, typer.Option(help="Policy file to write; by default policy.json in MODEL.")] = None,
-    signal: Annotated[
-        str, typer.Option(help="What halting looks at: relative_drift, direction_drift, raw_drift, attention_update.")
-    ] = "relative_drift",
-    kv_rule: Annotated[
-        str | None,
-        typer.Option(
-            help="What deeper layers see of halted tokens: affine (default where there is a lens), frozen, drop, zero."
-        ),
-    ] = None,
+    signal: Signal = SIGNAL,
+    kv_rule: KvRuleOption = None,
     prefix: Prefix = None,
-    window: WindowOption = 64,
-    max_tokens: MaxTokens = 4096,
-    batch: Batch = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the policy file if it is there.")] = False,
+    window: WindowOption = WINDOW,
+    max_tokens: MaxTokens = CALIBRATION_TOKENS,
+    batch: Batch = BATCH,
+    overwrite: Overwrite = False,
     *,
     common: Common,
 ) -> None:
     """Find the policy that saves most while perplexity rises no more than allowed, tested on text held back."""
     with reporting_errors(common.debug):
         target = _target(model, out, "policy.json", overwrite=overwrite)
+        from qs_jax.corpus import Corpus
+        from qs_jax.evaluation import api
         from qs_jax.evaluation.calibration import Goal
-        from qs_jax.evaluation.study import calibrate_model
         from qs_jax.evaluation.windows import Plan
 
-        goal = Goal(max_ppl_increase, confidence)
-        Policy(decode_halting=Halting(cast(Any, signal)), kv_rule=cast(Any, kv_rule or "frozen"))
-        plan = Plan(prefix, window, max_tokens, batch)
-        loaded, windows = _load(model, text, documents, plan, common)
-        with progress("calibrating", _MEASUREMENTS) as advance:
-            found = calibrate_model(
-                loaded, windows, plan, [goal], signal=signal, kv_rule=kv_rule, target=target, advance=advance
-            )[0]
-        found.policy.save(target)
-        result = {**found.to_json(), "text": Path(text).name, "documents": documents, "out": str(target)}
+        # what can be wrong without the model is, before it is loaded
+        Goal(max_ppl_increase, confidence)
+        Plan(prefix, window, max_tokens, batch)
+        corpus = Corpus.of(text, documents)
+        loaded = load_model(model, common)
+        with progress("calibrating") as advance:
+            found = api.calibrate(
+                loaded,
+                corpus,
+                max_ppl_increase=max_ppl_increase,
+                confidence=confidence,
+                out=target,
+                signal=cast(Any, signal),
+                kv_rule=cast(Any, kv_rule),
+                prefix=prefix,
+                window=window,
+                max_tokens=max_tokens,
+                batch=batch,
+                overwrite=overwrite,
+                advance=advance,
+            )
+        result = found.to_json()
         if common.json:
             print_json(result)
         else:
@@ -182,12 +194,7 @@ def _target(model: str, out: str | None, name: str, *, overwrite: bool) -> Path:
     """Where a result goes."""
     if out is None and not Path(model).is_dir():
         raise EvaluationError(f"{model} is not a folder; say with --out where {name} goes")
-    target = Path(out) if out is not None else Path(model) / name
-    if target.exists() and not overwrite:
-        raise EvaluationError(f"{target} is there already; give --overwrite or another --out")
-    if not target.parent.is_dir():
-        raise EvaluationError(f"{target.parent}: no such folder; make it first")
-    return target
+    return free_target(Path(out) if out is not None else Path(model) / name, overwrite=overwrite)
 
 
 def _print_calibration(result: dict[str, Any]) -> None:
@@ -217,30 +224,28 @@ A lens in the model's folder is found there; calibrate then lets halted tokens f
 def lens(
     model: ModelArgument,
     text: Text,
-    documents: Documents = ":",
+    documents: Documents = DOCUMENTS,
     out: Annotated[str | None, typer.Option(help="File to write; by default lens.safetensors in MODEL.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the maps; by default a quarter of the hidden size.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to fit on, spread over the text.")] = 32768,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the lens if it is there.")] = False,
+    max_tokens: MaxTokens = LENS_TOKENS,
+    overwrite: Overwrite = False,
     *,
     common: Common,
 ) -> None:
     """Fit the affine lens: what layers do to halted tokens, in closed form. Nothing is trained; beyond the paper."""
     with reporting_errors(common.debug):
         target = _target(model, out, "lens.safetensors", overwrite=overwrite)
-        from qs_jax.evaluation.lens import fit_lens
-        from qs_jax.evaluation.text import read_documents
-        from qs_jax.evaluation.windows import whole
+        from qs_jax.corpus import Corpus
+        from qs_jax.evaluation import api
 
-        found = read_documents(text, documents)
+        corpus = Corpus.of(text, documents)
         loaded = load_model(model, common)
-        windows = whole(loaded, found, max_tokens)
-        with progress("fitting", loaded.config.num_hidden_layers) as advance:
-            fit = fit_lens(loaded, windows, rank=rank, advance=advance)
-        fit.lens.save(target)
-        result = {"out": str(target), "tokens": windows.size, "explained": fit.explained}
+        with progress("fitting") as advance:
+            fit = api.fit_lens(
+                loaded, corpus, out=target, rank=rank, max_tokens=max_tokens, overwrite=overwrite, advance=advance
+            )
         if common.json:
-            print_json(result)
+            print_json(fit.to_json())
             return
         for layer, share in enumerate(fit.explained, start=2):
             print(f"layer {layer:3}: {share:z6.1%} of what it adds is affine in what enters it")
@@ -258,14 +263,13 @@ REPORT_EXAMPLES = """Examples:
 def report(
     results: Annotated[list[Path], typer.Argument(help="What eval or calibrate printed with --json.")],
     out: Annotated[Path, typer.Option(help="Page to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
+    overwrite: Overwrite = False,
     *,
     common: Common,
 ) -> None:
     """Show results on one self-contained page: tables, figures, and the text coloured by what was spent on it."""
     with reporting_errors(common.debug):
-        if out.exists() and not overwrite:
-            raise EvaluationError(f"{out} is there already; give --overwrite or another --out")
+        free_target(out, overwrite=overwrite)
         from qs_jax.evaluation.report import read_result, write_report
 
         write_report([read_result(path) for path in results], out)

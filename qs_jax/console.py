@@ -9,9 +9,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from qs_jax.errors import QsJaxError
+from qs_jax.progress import Advance, unseen
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -44,6 +45,34 @@ def reporting_errors(debug: bool) -> Iterator[None]:
             raise
         print(f"error: internal: {type(error).__name__}: {one_line(error)} (rerun with --debug)", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
+
+
+def run_command(main: Callable[..., Any], *arguments: Any, **settings: Any) -> NoReturn:
+    """Run a command line, `main` being that of typer's command, and end the process.
+
+    A wrong option, choice or command is one line like every other error, where typer would print several.
+    """
+    import typer
+
+    # click's own base class, which some versions of typer take from click and others bring along
+    click_error = cast(type[Exception], typer.BadParameter.__mro__[2])
+    _show_what_can_be_shown()
+    status: Any
+    try:
+        status = main(*arguments, **{**settings, "standalone_mode": False})
+    except typer.Abort:
+        status = EXIT_INTERRUPTED
+    except click_error as raised:
+        error, status = cast(Any, raised), EXIT_USAGE
+        if type(raised).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            where = f"{error.ctx.command_path} " if getattr(error, "ctx", None) else ""
+            message = error.format_message().rstrip(".")
+            print(f"error: {one_line(f'{message[:1].lower()}{message[1:]}; see {where}--help')}", file=sys.stderr)
+    if status == EXIT_INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    raise SystemExit(status if isinstance(status, int) else 0)
 
 
 @contextmanager
@@ -119,10 +148,10 @@ def _show_what_can_be_shown() -> None:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, when that is a terminal; yields `advance(n=1)`."""
+def progress(description: str, total: int | None = None) -> Iterator[Advance]:
+    """A progress bar on stderr, when that is a terminal; yields what advances it."""
     if not sys.stderr.isatty():
-        yield lambda n=1: None
+        yield unseen
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -130,4 +159,8 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda n=1: bar.advance(task, n)
+
+        def advance(done: int = 1, *, total: int | None = None) -> None:
+            bar.update(task, advance=done, total=total)
+
+        yield advance

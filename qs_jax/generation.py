@@ -1,9 +1,9 @@
 """The host API: prompts in, text out, with Hugging Face's names and semantics."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import numpy as np
@@ -11,12 +11,13 @@ from jaxtyping import Int
 
 from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen
-from qs_jax.engine.session import Request, Session
+from qs_jax.engine.session import Session
 from qs_jax.engine.stopping import Detokenizer, StopStrings
-from qs_jax.generation_config import GenerationConfig
+from qs_jax.generation_config import GenerationConfig, GenerationOptions, GenerationSettings
+from qs_jax.generation_defaults import NEUTRAL
 from qs_jax.model import Model
 from qs_jax.request import Prompt, prepare
-from qs_jax.settings import with_defaults
+from qs_jax.settings import in_force
 
 FinishReason = Literal["eos", "stop_string", "length", "not_finite"]
 """`not_finite`: the next logits were NaN or infinite, so that no token could be chosen; see `not_finite`."""
@@ -78,28 +79,27 @@ class _Row:
     finish_reason: FinishReason | None = None
 
 
-def _row(model: Model, prompt: Sequence[int], config: GenerationConfig) -> _Row:
+def _row(model: Model, prompt: Sequence[int], stop_strings: Sequence[str]) -> _Row:
     if model.tokenizer is None:
         return _Row(None, None)
-    stops = StopStrings(model.tokenizer, prompt, config.stop_strings) if config.stop_strings else None
+    stops = StopStrings(model.tokenizer, prompt, stop_strings) if stop_strings else None
     return _Row(Detokenizer(model.tokenizer, prompt), stops)
 
 
 class _Generation:
     """One request on its way through a session: rows grow, end, and become output."""
 
-    def __init__(self, model: Model, settings: Mapping[str, Any], prompts: Any, *, chunk_size: int, streaming: bool):
+    def __init__(self, model: Model, prompts: Any, config: GenerationConfig, *, chunk_size: int, streaming: bool):
         self.started = time.perf_counter()
-        config, given = with_defaults(settings, model.defaults)
-        request = prepare(model, prompts, config, chunk_size=chunk_size)
-        self.session = Session(model.network_at(config.bits), request, bits=config.bits or FULL)
+        self.settings = in_force(config, model.defaults, model.config)
+        request = prepare(model, prompts, self.settings, chunk_size=chunk_size)
+        bits = self.settings.bits
+        self.session = Session(model.network_at(bits), request, bits=bits or FULL)
         self.request = request
-        self.pad_token_id = _pad_token_id(model, config, request.eos_token_ids)
-        self.settings = _in_force(config, request, self.pad_token_id, given)
         self.streaming = streaming
         self.rows = []
         for prompt in [prompt for prompt in request.prompts for _ in range(request.copies)]:
-            self.rows.append(_row(model, prompt, config))
+            self.rows.append(_row(model, prompt, self.settings.stop_strings))
 
     def pieces(self) -> Iterator[StreamPiece]:
         """Run to the end; yields what each row gained in each chunk."""
@@ -144,12 +144,12 @@ class _Generation:
         return GenerateOutput(
             texts=[self._text(row) for row in self.rows],
             tokens=[row.tokens for row in self.rows],
-            sequences=_rectangle([row.tokens for row in self.rows], self.pad_token_id),
+            sequences=_rectangle([row.tokens for row in self.rows], self.settings.pad_token_id),
             lengths=lengths,
             finish_reasons=[row.finish_reason or "length" for row in self.rows],
             logprobs=[row.logprobs for row in self.rows],
             seeds=[seed for seed, _ in self.request.seeds],
-            settings=self.settings,
+            settings=_to_json(self.settings),
             trace=self._trace(),
             ledger=self.session.ledger.to_json(),
             timing={
@@ -198,7 +198,12 @@ def _mean_bits(row: _Row, constant: float, *, adapts: bool) -> list[float]:
     return [read / ran if adapts and read else constant for read, ran in spent]
 
 
-def generate(model: Model, prompts: Prompt | Sequence[Prompt], **settings: Any) -> GenerateOutput:
+def generate(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    config: GenerationConfig | None = None,
+    **overrides: Unpack[GenerationOptions],
+) -> GenerateOutput:
     """Continue one prompt or a batch of them.
 
     Prompts are strings, chat conversations (lists of `{"role", "content"}` messages, where the tokenizer has a chat
@@ -207,27 +212,46 @@ def generate(model: Model, prompts: Prompt | Sequence[Prompt], **settings: Any) 
     Args:
         model: what `qs_jax.load` returned.
         prompts: one prompt or a list of them.
-        **settings: the fields of `GenerationConfig`; what is left out, the model's `generation_config.json` may say.
+        config: settings to keep and pass around; without it the defaults of `GenerationConfig`.
+        **overrides: fields of `GenerationConfig` by name, in place of the config's. What neither says, the model's
+            `generation_config.json` may say; `GenerateOutput.settings` has what was in force.
+
+    Returns:
+        Texts and tokens, why rows ended, and what was spent.
 
     Raises:
         GenerationError: an empty or over-long prompt, or a setting that is unknown or out of range.
+        PolicyError: a policy that there is not, or that asks for what the model does not have.
         TokenizerError: text was given and the model has no tokenizer, or chat and it has no template.
+
+    Example:
+        >>> model = qs_jax.load("path/to/model")
+        >>> qs_jax.generate(model, ["Once upon a time", "The weather"], max_new_tokens=64).texts
     """
-    generation = _Generation(model, settings, prompts, chunk_size=CHUNK, streaming=False)
+    asked = GenerationConfig.of(config, **overrides)
+    generation = _Generation(model, prompts, asked, chunk_size=CHUNK, streaming=False)
     for _ in generation.pieces():
         pass
     return generation.output()
 
 
 def stream(
-    model: Model, prompts: Prompt | Sequence[Prompt], **settings: Any
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    config: GenerationConfig | None = None,
+    **overrides: Unpack[GenerationOptions],
 ) -> Generator[StreamPiece, None, GenerateOutput]:
     """Like `generate`, but yields each row's text as it is made; the generator's return value is the whole output.
 
     The pieces of a row join to exactly the text that `generate` returns. Arguments and errors are those of
     `generate`; a bad request is refused before the first piece is asked for.
+
+    Example:
+        >>> for piece in qs_jax.stream(model, "Once upon a time", do_sample=True, temperature=0.8, seed=1):
+        ...     print(piece.text, end="", flush=True)
     """
-    generation = _Generation(model, settings, prompts, chunk_size=_STREAMING_CHUNK, streaming=True)
+    asked = GenerationConfig.of(config, **overrides)
+    generation = _Generation(model, prompts, asked, chunk_size=_STREAMING_CHUNK, streaming=True)
 
     def pieces() -> Generator[StreamPiece, None, GenerateOutput]:
         yield from generation.pieces()
@@ -243,24 +267,17 @@ def not_finite(model: Model) -> str:
     return f"{model.name}: states and logits are not finite in {model.dtype}, so that nothing follows; {advice}"
 
 
-def _pad_token_id(model: Model, config: GenerationConfig, eos_token_ids: Sequence[int]) -> int:
-    """The id asked for, else the model's, else the end of text (as Hugging Face does), else 0."""
-    choices = (config.pad_token_id, model.config.pad_token_id, *eos_token_ids, *model.config.eos_token_ids, 0)
-    return next(choice for choice in choices if choice is not None)
-
-
-def _in_force(config: GenerationConfig, request: Request, pad_token_id: int, given: Sequence[str]) -> dict[str, Any]:
+def _to_json(settings: GenerationSettings) -> dict[str, Any]:
     """The settings that shape the output, as plain values."""
-    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return {
-        **{name: getattr(config, name) for name in names},
-        "max_new_tokens": config.max_new_tokens,
-        "num_return_sequences": config.num_return_sequences,
-        "eos_token_id": list(request.eos_token_ids),
-        "pad_token_id": pad_token_id,
-        "stop_strings": list(config.stop_strings),
-        "bits": config.bits,
-        "from_generation_config": list(given),
+        **{name: getattr(settings, name) for name in NEUTRAL},
+        "max_new_tokens": settings.max_new_tokens,
+        "num_return_sequences": settings.num_return_sequences,
+        "eos_token_id": list(settings.eos_token_ids),
+        "pad_token_id": settings.pad_token_id,
+        "stop_strings": list(settings.stop_strings),
+        "bits": settings.bits,
+        "from_generation_config": list(settings.from_generation_config),
     }
 
 

@@ -1,7 +1,7 @@
 """From what a user asks to what the engine runs: prompts tokenised, and all that cannot work refused."""
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qs_jax.adaptive.binding import BoundPolicy, bind
@@ -10,7 +10,7 @@ from qs_jax.choices import is_whole
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
-from qs_jax.generation_config import GenerationConfig
+from qs_jax.generation_config import GenerationSettings
 from qs_jax.kernels import has_planes
 from qs_jax.model import Model
 from qs_jax.tokenizer import Message
@@ -21,7 +21,7 @@ _LONGEST_TOKEN = 256
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
-def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: GenerationConfig, *, chunk_size: int) -> Request:
+def prepare(model: Model, prompts: Prompt | Sequence[Prompt], asked: GenerationSettings, *, chunk_size: int) -> Request:
     """Tokenise and check a request against the model.
 
     Raises:
@@ -29,35 +29,33 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], config: Generation
             beyond the model's context.
         TokenizerError: the model has no tokenizer but text or stop strings were given.
     """
-    if config.stop_strings and model.tokenizer is None:
+    if asked.stop_strings and model.tokenizer is None:
         raise TokenizerError(f"stop_strings need a tokenizer: {model.no_tokenizer}")
     ids = [_encode(model, prompt) for prompt in _as_batch(prompts)]
     limit = model.config.max_position_embeddings
     for number, prompt in enumerate(ids, start=1):
-        if len(prompt) + config.max_new_tokens > limit:
+        if len(prompt) + asked.max_new_tokens > limit:
             raise GenerationError(
-                f"prompt {number} has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}, together "
+                f"prompt {number} has {len(prompt)} tokens and max_new_tokens is {asked.max_new_tokens}, together "
                 f"more than the model's context of {limit}; shorten the prompt or lower max_new_tokens"
             )
-    eos = config.eos_token_id
-    eos_token_ids = model.config.eos_token_ids if eos is None else eos if isinstance(eos, Iterable) else (eos,)
-    seeds = _seeds(config, len(ids))
+    seeds = _seeds(asked.seed, len(ids))
     return Request(
         prompts=ids,
-        copies=config.num_return_sequences,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_ids=_checked(eos_token_ids, model.config.vocab_size, "eos_token_id"),
-        seeds=[(seed, copy) for seed in seeds for copy in range(config.num_return_sequences)],
+        copies=asked.num_return_sequences,
+        max_new_tokens=asked.max_new_tokens,
+        eos_token_ids=_checked(asked.eos_token_ids, model.config.vocab_size, "eos_token_id"),
+        seeds=[(seed, copy) for seed in seeds for copy in range(asked.num_return_sequences)],
         sampling=Sampling.of(
-            do_sample=config.do_sample,
-            temperature=config.temperature,
-            top_k=min(config.top_k, model.config.vocab_size),
-            top_p=config.top_p,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
+            do_sample=asked.do_sample,
+            temperature=asked.temperature,
+            top_k=min(asked.top_k, model.config.vocab_size),
+            top_p=asked.top_p,
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty,
         ),
         chunk_size=chunk_size,
-        policy=bind_policy(model, Policy.of(config.policy)),
+        policy=bind_policy(model, asked.policy),
     )
 
 
@@ -114,9 +112,9 @@ def _checked(ids: Sequence[Any], vocab_size: int, what: str) -> tuple[int, ...]:
     return tuple(int(token) for token in ids)
 
 
-def _seeds(config: GenerationConfig, prompts: int) -> list[int]:
-    seed = secrets.randbits(31) if config.seed is None else config.seed
+def _seeds(asked: int | Sequence[int] | None, prompts: int) -> list[int]:
+    seed = secrets.randbits(31) if asked is None else asked
     seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
     if len(seeds) != prompts or not all(is_whole(s, 0) and s < 2**31 for s in seeds):
-        raise GenerationError(f"seed is {config.seed!r}, expected one number from 0 to {2**31 - 1}, or one per prompt")
+        raise GenerationError(f"seed is {asked!r}, expected one number from 0 to {2**31 - 1}, or one per prompt")
     return seeds

@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convert.parts import Parts
 from convert.pipeline import convert
-from convert.source import Source
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.generation import GenerateOutput, generate
@@ -38,9 +36,8 @@ def converted(folder: Path, console: Console) -> Model:
     """The shipped model, converted into `folder` and loaded from there."""
     if not (MODEL / "config.json").is_file():
         raise CheckpointError(f"{MODEL}: the reference model is not here; clone the whole repository")
-    parts = Parts(Source(MODEL))
-    with progress("converting", total=len(parts.names)) as advance:
-        report = convert(parts, folder, dtype="float32", name=str(MODEL), overwrite=False, advance=advance)
+    with progress("converting") as advance:
+        report = convert(MODEL, folder, advance=advance)
     console.print(f"converted {report.parameters:,} parameters in {report.seconds:.1f} s")
     return load(folder)
 

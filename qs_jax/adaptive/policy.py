@@ -18,9 +18,8 @@ from qs_jax.choices import BITS, is_number, is_whole
 from qs_jax.errors import PolicyError
 from qs_jax.files import write_whole
 
-SignalName = Literal[
-    "relative_drift", "direction_drift", "raw_drift", "attention_update", "entropy", "previous_entropy", "random"
-]
+StateSignalName = Literal["relative_drift", "direction_drift", "raw_drift", "attention_update"]
+SignalName = Literal[StateSignalName, "entropy", "previous_entropy", "random"]
 KvRuleName = Literal["zero", "drop", "frozen", "affine", "shallow"]
 Distance = Literal["cosine", "l2"]
 PositionRule = Literal["last", "mean", "first"]

@@ -15,6 +15,7 @@ from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.policy import Policy
 from qs_jax.errors import GenerationError
 from qs_jax.generation import CHUNK, generate, not_finite
+from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
 
 try:
@@ -73,16 +74,13 @@ def benchmark(
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).tolist()
 
-    def run() -> Any:
-        settings = {"max_new_tokens": new_tokens + 1, "eos_token_id": [], "use_model_defaults": False}
-        return generate(model, prompts, policy=policy, bits=bits, **settings)
-
-    first = run()
+    config = GenerationConfig(policy, bits, new_tokens + 1, eos_token_id=[], use_model_defaults=False)
+    first = generate(model, prompts, config)
     if "not_finite" in first.finish_reasons:
         raise GenerationError(not_finite(model))
     compile_s = first.timing["compile_s"]
     ceiling = measured_bandwidth()
-    outputs = [run() for _ in range(repeats)]
+    outputs = [generate(model, prompts, config) for _ in range(repeats)]
     step = statistics.median(o.timing["decode_s"] / o.timing["decode_steps"] for o in outputs)
     bandwidth = Costs.of(model.network).step_bytes(bits or 8) / step
     return {
@@ -97,7 +95,7 @@ def benchmark(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "chunk": CHUNK,
-        "policy": Policy.of(policy).to_json(),
+        "policy": Policy.of(config.policy).to_json(),
         "dtype": str(model.dtype),
         "bits": bits,
         "device": jax.devices()[0].device_kind,

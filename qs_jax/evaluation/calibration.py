@@ -23,6 +23,7 @@ from qs_jax.evaluation.candidates import (
     stripped,
     uniform_stops,
 )
+from qs_jax.evaluation.defaults import CONFIDENCE
 from qs_jax.evaluation.measurements import Measured, Part
 from qs_jax.evaluation.observation import Observed
 from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
@@ -52,7 +53,7 @@ class Goal:
     """Perplexity may rise by `budget`; the chance that a chosen policy truly exceeds it is at most 1 - `confidence`."""
 
     budget: float
-    confidence: float = 0.9
+    confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < float("inf"):

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qs_jax.adaptive.policy import Policy
+from qs_jax.adaptive.policy import KvRuleName, Policy, StateSignalName
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET, ablate
 from qs_jax.evaluation.calibration import Calibrated, Goal, calibrate
 from qs_jax.evaluation.candidates import Space
+from qs_jax.evaluation.defaults import SIGNAL
 from qs_jax.evaluation.freerun import free_run
 from qs_jax.evaluation.measurements import Measurements
 from qs_jax.evaluation.observation import Observed, observe
@@ -25,8 +26,8 @@ def calibrate_model(
     plan: Plan,
     goals: Sequence[Goal],
     *,
-    signal: Any = "relative_drift",
-    kv_rule: Any = None,
+    signal: StateSignalName = SIGNAL,
+    kv_rule: KvRuleName | None = None,
     target: Path | None = None,
     advance: Advance = lambda n=1: None,
 ) -> list[Calibrated]:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from qs_jax.errors import EvaluationError, TokenizerError
+from qs_jax.evaluation.defaults import BATCH, SCORED_TOKENS, WINDOW
 from qs_jax.model import Model
 
 LONGEST_PREFIX = 512
@@ -34,9 +35,9 @@ class Plan:
     token that starts a text. `max_tokens` bounds the scored tokens; `batch` windows are run together."""
 
     prefix: int | None = None
-    window: int = 64
-    max_tokens: int = 2560
-    batch: int = 8
+    window: int = WINDOW
+    max_tokens: int = SCORED_TOKENS
+    batch: int = BATCH
 
     def __post_init__(self) -> None:
         least = {"prefix": 0, "window": 1, "max_tokens": 1, "batch": 1}

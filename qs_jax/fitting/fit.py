@@ -25,8 +25,6 @@ from qs_jax.fitting.tune import Coded, Tuning, tuned
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.models.base import Block, Hidden
 
-METHODS = ("rtn", "refit", "refit+tune", "gptq", "gptq+tune")
-
 
 @dataclass(frozen=True)
 class Fit:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
-from qs_jax.choices import BITS
+from qs_jax.choices import BITS, CODEBOOK_NAMES
 from qs_jax.matryoshka.kernel import SCALE_DTYPE
 from qs_jax.matryoshka.slices import bent, straightened
 
@@ -39,7 +39,7 @@ COMPANDED: Bend = (0.5, 0.5, 0.15)
 bits (Max 1960), whose levels, at 0.45 and 1.51 deviations, are 2 bits bent by 0.17. A little less loses least at all
 three precisions together, on Gaussian draws and on Student's t with 5 degrees of freedom."""
 
-CODEBOOKS: dict[str, Bend] = {"even": EVEN, "companded": COMPANDED}
+CODEBOOKS: dict[str, Bend] = dict(zip(CODEBOOK_NAMES, (EVEN, COMPANDED), strict=True))
 
 
 @jax.tree_util.register_dataclass

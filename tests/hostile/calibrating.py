@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 from qs_jax import cli_study
 from qs_jax.adaptive.policy import Policy
-from qs_jax.evaluation import measurements, study
+from qs_jax.corpus import Corpus
+from qs_jax.evaluation import api, measurements, study
 from qs_jax.evaluation.measurements import Measured, Measurements, Part
 from qs_jax.evaluation.windows import Window
 from tests.hostile.forking import serve
@@ -35,7 +36,9 @@ def _score(self: Measurements, policy: Policy, part: Part) -> Measured:
 
 def work(order: dict[str, Any]) -> None:
     with (
-        patch.object(cli_study, "_load", lambda *_, **__: (_MODEL, _WINDOWS)),
+        patch.object(cli_study, "load_model", lambda *_: _MODEL),
+        patch.object(Corpus, "of", lambda text, *_: Corpus(("",), "text.txt", ":")),
+        patch.object(api, "cut", lambda *_: _WINDOWS),
         patch.object(study, "observe_for", lambda *_: observed()),
         patch.object(measurements, "has_planes", lambda _: False),
         patch.object(Measurements, "_taken_of", lambda self: "known"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qs_jax.adaptive.policy import Policy
-from qs_jax.evaluation.text import read_documents
+from qs_jax.corpus import read_documents
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.lens import LENS_FILE
 from qs_jax.loading import load

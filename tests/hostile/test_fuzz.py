@@ -20,8 +20,9 @@ from qs_jax.checkpoint import MANIFEST, read_manifest, write_manifest
 from qs_jax.console import one_line
 from qs_jax.errors import QsJaxError
 from qs_jax.generation import generate
+from qs_jax.generation_config import GenerationConfig
 from qs_jax.generation_defaults import read_generation_defaults
-from qs_jax.settings import with_defaults
+from qs_jax.settings import in_force
 from qs_jax.tokenizer import Tokenizer
 from tests.folders import write_folder
 from tests.hostile.mutations import spoil_bytes, spoil_safetensors, spoil_text_or_json
@@ -162,16 +163,14 @@ def test_generation_config(tmp_path: Path, count: Count) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps(value))
 
+    config = tiny_model("llama").config
+
     def read() -> None:
-        config, _ = with_defaults({"seed": 1}, read_generation_defaults(tmp_path, 97, []))
-        assert all(0 <= token < 97 for token in _ids(config.eos_token_id) + _ids(config.pad_token_id))
+        settings = in_force(GenerationConfig(seed=1), read_generation_defaults(tmp_path, 97, []), config)
+        assert all(0 <= token < 97 for token in (*settings.eos_token_ids, settings.pad_token_id))
 
     assert 0 < fuzz(file, partial(spoil_text_or_json, value), read, inputs=400) < 350
     count("mutated inputs", 400)
-
-
-def _ids(value: Any) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def test_manifest(tmp_path: Path, count: Count) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 import qs_jax
+from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
 from tests.tiny import PROMPTS
 from tests.unit.test_decoding import SAMPLING
@@ -17,8 +18,8 @@ def test_a_row_in_a_ragged_batch_is_the_row_alone(model: Model, settings: dict) 
 
 def test_a_row_is_the_same_wherever_it_stands(model: Model) -> None:
     seeds = [3, 4, 5]
-    settings = {**SAMPLING, "max_new_tokens": 40}
-    forwards = qs_jax.generate(model, PROMPTS, **{**settings, "seed": seeds})
-    backwards = qs_jax.generate(model, PROMPTS[::-1], **{**settings, "seed": seeds[::-1]})
+    config = GenerationConfig(max_new_tokens=40, **SAMPLING)
+    forwards = qs_jax.generate(model, PROMPTS, config, seed=seeds)
+    backwards = qs_jax.generate(model, PROMPTS[::-1], config, seed=seeds[::-1])
     assert forwards.tokens == backwards.tokens[::-1]
-    assert forwards.tokens[0] == qs_jax.generate(model, PROMPTS, **settings).tokens[0]
+    assert forwards.tokens[0] == qs_jax.generate(model, PROMPTS, config).tokens[0]

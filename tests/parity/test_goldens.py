@@ -1,7 +1,6 @@
 """Float32 logits and greedy text equal Hugging Face's, as stored by make_goldens.py. Needs no torch."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,9 @@ def test_logits_of_a_long_prompt(name: str, folder: Path) -> None:
 def test_greedy_tokens(name: str, folder: Path) -> None:
     golden = golden_of(name)
     # the random models have an end-of-text id as well, and pass over it here: the goldens did
-    eos: dict[str, Sequence[int]] = {"eos_token_id": []} if name in VARIANTS else {}
-    output = generate(load_model(folder), [golden["greedy_prompt"].tolist()], max_new_tokens=NEW_TOKENS, **eos)
+    eos = [] if name in VARIANTS else None
+    prompt = golden["greedy_prompt"].tolist()
+    output = generate(load_model(folder), [prompt], max_new_tokens=NEW_TOKENS, eos_token_id=eos)
     assert output.tokens == [golden["greedy_tokens"].tolist()]
 
 

@@ -295,8 +295,8 @@ def test_the_parts_share_no_window(folder: Path) -> None:
     [
         (("--max-ppl-increase", 0), "max-ppl-increase is 0"),
         (("--confidence", 1), "confidence is 1"),
-        (("--signal", "mood"), "halting.signal is 'mood'"),
-        (("--kv-rule", "burn"), "kv_rule is 'burn'"),
+        (("--signal", "mood"), "invalid value for '--signal': 'mood' is not one of"),
+        (("--kv-rule", "burn"), "invalid value for '--kv-rule': 'burn' is not one of"),
         (("--max-tokens", 64), "calibration needs at least"),
         (("--out", "/nowhere/policy.json"), "no such folder"),
     ],

@@ -135,7 +135,13 @@ def test_damaged_folders(tmp_path: Path) -> None:
     pickled = write_folder(tmp_path / "pickled", "llama")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     assert_refused(pickled, out, "never loaded")
-    assert_refused(write_folder(tmp_path / "dtype", "llama"), out, "--dtype is 'int3'", "--dtype", "int3")
+    assert_refused(
+        write_folder(tmp_path / "dtype", "llama"),
+        out,
+        "invalid value for '--dtype': 'int3' is not one of",
+        "--dtype",
+        "int3",
+    )
 
 
 def test_an_existing_destination_is_refused_and_then_replaced(tmp_path: Path) -> None:

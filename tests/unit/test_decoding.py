@@ -1,6 +1,7 @@
 """The engine on small random models: greedy decoding, sampling, stopping, refusals."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +9,18 @@ import pytest
 import qs_jax
 from qs_jax.engine.prefill import piece_width
 from qs_jax.errors import GenerationError, TokenizerError
+from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
 from tests.tiny import PROMPTS, reference_logits, tiny_model
 
-SAMPLING = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.2, "seed": 3}
+SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 1.3,
+    "top_p": 0.9,
+    "top_k": 40,
+    "repetition_penalty": 1.2,
+    "seed": 3,
+}
 
 
 def assert_greedy(model: Model, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
@@ -46,9 +55,9 @@ def test_sequences_of_one_prompt_differ_and_repeat(model: Model) -> None:
 
 
 def test_an_unasked_seed_is_drawn_and_reported(model: Model) -> None:
-    settings = {**SAMPLING, "num_return_sequences": 3, "max_new_tokens": 8}
-    drawn = qs_jax.generate(model, PROMPTS[0], **{**settings, "seed": None})
-    again = qs_jax.generate(model, PROMPTS[0], **{**settings, "seed": drawn.seeds[0]})
+    config = GenerationConfig(num_return_sequences=3, max_new_tokens=8, **SAMPLING)
+    drawn = qs_jax.generate(model, PROMPTS[0], config, seed=None)
+    again = qs_jax.generate(model, PROMPTS[0], config, seed=drawn.seeds[0])
     assert drawn.tokens == again.tokens
 
 
@@ -125,7 +134,8 @@ def test_what_cannot_work_is_refused(prompts: list, settings: dict, message: str
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:
-    for settings, prompts in (({}, "hello"), ({"stop_strings": "x"}, [[1]])):
+    cases: tuple[tuple[dict[str, Any], Any], ...] = (({}, "hello"), ({"stop_strings": "x"}, [[1]]))
+    for settings, prompts in cases:
         with pytest.raises(TokenizerError, match="tokenizer"):
             qs_jax.generate(tiny_model("gpt2"), prompts, **settings)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from qs_jax.adaptive.policy import Fusion, Halting, Policy
+from qs_jax.corpus import read_documents
 from qs_jax.errors import EvaluationError
-from qs_jax.evaluation.text import read_documents
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.loading import load
 from qs_jax.models import forward

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert.parts import Parts
 from convert.pipeline import convert
-from convert.source import Source
 from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.errors import CheckpointError, EvaluationError, PolicyError
 from qs_jax.evaluation import lens as fitting
@@ -152,9 +150,7 @@ def test_the_command_puts_it_where_load_and_convert_find_it(tmp_path: Path) -> N
     status, _, errors = command("lens", folder, "--text", text)
     assert (status, "is there already" in errors) == (2, True)
     Policy.off().save(folder / "policy.json")
-    convert(
-        Parts(Source(folder)), tmp_path / "converted", dtype="float32", name="m", overwrite=False, advance=lambda: None
-    )
+    convert(folder, tmp_path / "converted")
     assert load(tmp_path / "converted", compilation_cache=False).network.shortcuts is not None
     assert (tmp_path / "converted" / "policy.json").is_file()
     status, found, errors = command(

@@ -14,10 +14,10 @@ import pytest
 
 import convert.calibrated
 from qs_jax.checkpoint import MANIFEST
-from qs_jax.choices import BITS
+from qs_jax.choices import BITS, METHODS
 from qs_jax.errors import CheckpointError
 from qs_jax.fitting.activations import hessians, kernels_of, run, run_all, with_kernels
-from qs_jax.fitting.fit import METHODS, Fit, Streams, fit_block
+from qs_jax.fitting.fit import Fit, Streams, fit_block
 from qs_jax.fitting.gptq import DAMPING, compensated_codes
 from qs_jax.fitting.grid import (
     COMPANDED,

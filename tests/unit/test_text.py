@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -28,7 +29,7 @@ def free(model: Model) -> GenerateOutput:
     return qs_jax.generate(model, PROMPTS, max_new_tokens=40)
 
 
-def collect(model: Model, prompts: Sequence[str], **settings: object) -> tuple[list[StreamPiece], GenerateOutput]:
+def collect(model: Model, prompts: Sequence[str], **settings: Any) -> tuple[list[StreamPiece], GenerateOutput]:
     """Every piece of a stream, and what it returns."""
     pieces, generator = [], qs_jax.stream(model, prompts, **settings)
     while True:
@@ -70,7 +71,8 @@ def test_a_stop_string_in_the_prompt_ends_nothing_and_one_that_begins_there_does
 
 def test_a_stream_is_what_generate_returns(model: Model, free: GenerateOutput) -> None:
     eos = free.tokens[1][9]
-    for settings in ({}, {"stop_strings": free.texts[0][20:23]}, {"eos_token_id": eos}):
+    cases: tuple[dict[str, Any], ...] = ({}, {"stop_strings": free.texts[0][20:23]}, {"eos_token_id": eos})
+    for settings in cases:
         pieces, streamed = collect(model, PROMPTS, max_new_tokens=40, **settings)
         whole = qs_jax.generate(model, PROMPTS, max_new_tokens=40, **settings)
         assert (streamed.texts, streamed.tokens) == (whole.texts, whole.tokens)

@@ -3,10 +3,12 @@
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qs_jax.choices import DOCUMENTS
 from qs_jax.errors import EvaluationError
 
 HUB_DATASETS = {
@@ -22,18 +24,46 @@ _MOST_HUB_DOCUMENTS = 1000
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def read_documents(source: str | Path, documents: str = ":") -> list[str]:
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in memory, and what is said of them: where they are from, and which of it they are, as a slice."""
+
+    documents: tuple[str, ...]
+    name: str
+    chosen: str
+
+    @classmethod
+    def of(cls, text: "Text", documents: str = DOCUMENTS) -> "Corpus":
+        """A corpus as it is, or what `read_documents` reads.
+
+        Raises:
+            EvaluationError: as `read_documents`.
+        """
+        if isinstance(text, Corpus):
+            return text
+        found = read_documents(text, documents)
+        name = Path(text).name if isinstance(text, str | Path) else f"{len(text)} documents"
+        return cls(tuple(found), name, documents)
+
+
+Text = str | Path | Sequence[str] | Corpus
+"""A file, a name in `HUB_DATASETS`, or the documents themselves."""
+
+
+def read_documents(source: str | Path | Sequence[str], documents: str = DOCUMENTS) -> list[str]:
     """The documents of a text, in order.
 
     Args:
-        source: a file, or a name in `HUB_DATASETS`. `.txt` and unknown endings are one document, or several where form
-            feeds separate them; `.json` is a list of texts or of objects with a `text`; `.jsonl` has one of either per
-            line. `.gz` and `.xz` may follow.
+        source: a file, a name in `HUB_DATASETS`, or a list of documents. `.txt` and unknown endings are one document,
+            or several where form feeds separate them; `.json` is a list of texts or of objects with a `text`; `.jsonl`
+            has one of either per line. `.gz` and `.xz` may follow.
         documents: which of them, as a slice: `0:500`, `500:`, `-100:`.
 
     Raises:
         EvaluationError: no such file or dataset, damaged or not UTF-8, or no text in what was asked for.
     """
+    if not isinstance(source, str | Path):
+        return _chosen(_texts("the text", source), documents, "the text")
     path = Path(source)
     if path.is_file():
         found = _parse(path, _read(path))
@@ -41,6 +71,11 @@ def read_documents(source: str | Path, documents: str = ":") -> list[str]:
         found = _from_hub(*HUB_DATASETS[str(source)])
     else:
         raise EvaluationError(f"{source}: no such file; give a text file, or one of {', '.join(HUB_DATASETS)}")
+    return _chosen(found, documents, source)
+
+
+def _chosen(found: list[str], documents: str, source: str | Path) -> list[str]:
+    """Of the documents that hold text, those asked for."""
     found = [text for text in found if text.strip()]
     chosen = found[_slice(documents)]
     if not chosen:
@@ -75,7 +110,7 @@ def _parse(path: Path, content: str) -> list[str]:
     return content.split("\f")
 
 
-def _texts(path: Path, entries: Any) -> list[str]:
+def _texts(path: str | Path, entries: Any) -> list[str]:
     """Texts of a list of strings or of objects with a `text`."""
     if isinstance(entries, dict | str) or not isinstance(entries, Iterable):
         raise EvaluationError(f"{path}: expected a list of texts, or of objects with a `text`")

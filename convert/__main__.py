@@ -1,0 +1,5 @@
+"""`python -m convert`, the same as `qs-convert`."""
+
+from convert.cli import main
+
+main()

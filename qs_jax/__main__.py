@@ -1,0 +1,5 @@
+"""`python -m qs_jax`, the same as `qs-jax`."""
+
+from qs_jax.cli import main
+
+main()

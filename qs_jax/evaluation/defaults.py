@@ -1,0 +1,27 @@
+"""Defaults of the studies, of the functions and of the commands alike. Imports nothing heavy: `--help` shows them."""
+
+from qs_jax.adaptive.policy import StateSignalName
+
+WINDOW = 64
+"""Scored tokens of a window."""
+
+SCORED_TOKENS = 2560
+"""Most tokens that an evaluation scores."""
+
+CALIBRATION_TOKENS = 4096
+"""Most tokens that a calibration scores."""
+
+LENS_TOKENS = 32768
+"""Most tokens that a lens is fitted on."""
+
+BATCH = 8
+"""Windows run together."""
+
+MAX_PPL_INCREASE = 0.2
+"""By how much a calibrated policy may raise perplexity."""
+
+CONFIDENCE = 0.9
+"""That it raises it by no more."""
+
+SIGNAL: StateSignalName = "relative_drift"
+"""What halting looks at."""
