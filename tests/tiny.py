@@ -53,6 +53,8 @@ CONFIGS["qwen2"] = {**CONFIGS["llama"], "model_type": "qwen2", "tie_word_embeddi
 _random = np.random.default_rng(0)
 PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
 
+SAMPLING = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.2, "seed": 3}
+
 LENS_RANK = 8
 
 NAMED = {"bos_token": "<s>"}

@@ -4,8 +4,7 @@ import pytest
 
 import qs_jax
 from qs_jax.loading import Model
-from tests.tiny import PROMPTS
-from tests.unit.test_decoding import SAMPLING
+from tests.tiny import PROMPTS, SAMPLING
 
 
 @pytest.mark.parametrize("settings", [{}, SAMPLING], ids=["greedy", "sampled"])

@@ -10,9 +10,7 @@ import qs_jax
 from qs_jax.engine.compilation import METER
 from qs_jax.loading import Model
 from tests.recording import Call, jitted_programs, recorded
-from tests.tiny import PROMPTS, tiny_model
-from tests.unit.test_decoding import SAMPLING
-from tests.unit.test_matryoshka import quantised
+from tests.tiny import PROMPTS, SAMPLING, quantised, tiny_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
