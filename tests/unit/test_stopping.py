@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from qs_jax.engine.stopping import Detokenizer, StopStrings
+from qs_jax.engine.stopping import Detokenizer, StopStrings, eos_array, is_eos
 from qs_jax.tokenizer import Tokenizer
 
 
@@ -51,3 +54,34 @@ def test_real_tokenizer_joins_pieces_as_it_decodes(data_dir: Path) -> None:
     pieces = [detokenizer.push(token) for token in tokens[start:]]
     assert "".join(pieces) + detokenizer.flush() == text[len(prompt) :]
     assert len([piece for piece in pieces if piece]) > 15
+
+
+@given(prompt=st.text(max_size=12), text=st.text(max_size=12))
+def test_pieces_join_to_the_text_and_hold_whole_characters(prompt: str, text: str) -> None:
+    detokenizer = Detokenizer(byte_tokenizer(), list(prompt.encode()))
+    pieces = [detokenizer.push(byte) for byte in text.encode()]
+    # U+FFFD of the text's own looks like half a character, and comes out with what follows it
+    if "\ufffd" not in prompt + text:
+        assert [piece for piece in pieces if piece] == list(text)
+    assert "".join(pieces) + detokenizer.flush() == text
+    assert detokenizer.text == text
+
+
+@given(
+    prompt=st.text("ab ", max_size=9),
+    text=st.text("ab ", max_size=20),
+    stops=st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=3),
+)
+def test_stop_strings_end_where_they_do_in_the_whole_text(prompt: str, text: str, stops: list[str]) -> None:
+    """They may begin in the prompt, but not end there."""
+    watch = StopStrings(byte_tokenizer(), list(prompt.encode()), stops)
+    found = [watch.push(byte) for byte in text.encode()]
+    ends = [(prompt + text[: count + 1]).endswith(tuple(stops)) for count in range(len(text))]
+    assert found == ends
+
+
+@pytest.mark.parametrize(("count", "slots"), [(0, 8), (1, 8), (8, 8), (9, 16)])
+def test_another_list_of_ends_has_the_same_shape_and_padding_ends_nothing(count: int, slots: int) -> None:
+    eos = eos_array(range(count))
+    assert eos.shape == (slots,)
+    assert is_eos(jnp.arange(20, dtype=jnp.int32), eos).tolist() == [token < count for token in range(20)]
