@@ -16,6 +16,8 @@ from qs_jax.adaptive.binding import bind
 from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate
 from qs_jax.choices import BITS
+from qs_jax.config import ModelConfig
+from qs_jax.engine import prefill as prefills
 from qs_jax.engine import session as sessions
 from qs_jax.engine.decode import Controls, DecodeState, Program
 from qs_jax.engine.sampling import SamplingPlan, SamplingSettings
@@ -89,7 +91,7 @@ def run(model: Model, policy: Policy, prompts: Sequence[Sequence[int]], new_toke
     result = Run(
         session, [[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [[] for _ in rows]
     )
-    with _watched(result):
+    with _watched(result), _validated(model.config, policy):
         for chosen in session.chunks():
             for row in rows:
                 emitted = chosen.emitted[:, row]
@@ -131,6 +133,39 @@ def _watched(result: Run) -> Iterator[None]:
         return state, chunk
 
     with mock.patch.object(sessions, "decode_chunk", watching):
+        yield
+
+
+@contextmanager
+def _validated(config: ModelConfig, policy: Policy) -> Iterator[None]:
+    """Every state that the device hands back keeps what it promises."""
+    run_stage, begin, decode_chunk = prefills.run_stage, sessions.begin, sessions.decode_chunk
+    # in a second piece of a prompt, too, halted tokens come after those that went on
+    rising = policy.prompt_halting is None or policy.kv_rule == "drop"
+
+    def staged(model: Any, active: Any, resting: Any, *args: Any, **kwargs: Any) -> Any:
+        # a group as it comes out of a stage still holds those that a verdict takes away
+        active.validate(active=True)
+        if resting is not None:
+            resting.validate(active=False)
+        active, resting, cache, verdict = run_stage(model, active, resting, *args, **kwargs)
+        for layer in cache:
+            layer.validate(rising=rising)
+        return active, resting, cache, verdict
+
+    def checked(program: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            state, rest = program(*args, **kwargs)
+            state.validate(config, rising=rising)
+            return state, rest
+
+        return call
+
+    with (
+        mock.patch.object(prefills, "run_stage", staged),
+        mock.patch.object(sessions, "begin", checked(begin)),
+        mock.patch.object(sessions, "decode_chunk", checked(decode_chunk)),
+    ):
         yield
 
 
