@@ -112,3 +112,10 @@ def quantised(model: Model) -> Model:
     }
     network = network_from_arrays(model.config, arrays, dtype=model.dtype)
     return replace(model, network=network, name=f"quantised {model.name}")
+
+
+def narrowed(model: Model) -> Model:
+    """The model with every weight, and so every state, in bfloat16."""
+    dtype = jnp.dtype("bfloat16")
+    network = jax.tree.map(lambda leaf: leaf.astype(dtype), model.network)
+    return replace(model, network=network, dtype=dtype, name=f"{model.name} in bfloat16")

@@ -33,6 +33,9 @@ CLOSE = 1e-4
 """Log-probabilities: float32 against the oracle's float64."""
 DECIDED = 3e-5
 """A decision closer to its threshold than this (relative) may go either way in float32; such examples prove nothing."""
+CLOSE_NARROW, DECIDED_NARROW = 0.04, 0.02
+"""The same in bfloat16, whose eight bits are a step of 0.004 of every state. Measured off by 0.021 at most, in 18 runs
+of two models whose logits' deviation is 0.9; programs that are fused differently differ by up to 0.009."""
 
 _PER_ROW = ("tokens", "logprobs", "layers_run", "bits_read", "signal")
 
@@ -184,7 +187,7 @@ def imagine(
     )
 
 
-def assert_same(engine: Run, row: int, oracle: Outcome) -> None:
+def assert_same(engine: Run, row: int, oracle: Outcome, *, narrow: bool = False) -> None:
     """Every decision equal, every number close."""
     steps, trace = oracle.steps, engine.prompt
     assert engine.tokens[row] == [step.token for step in steps]
@@ -192,9 +195,11 @@ def assert_same(engine: Run, row: int, oracle: Outcome) -> None:
     assert engine.bits_read[row][1:] == [step.bits_read for step in steps[1:]]
     assert trace.layers_run[row].tolist() == oracle.prompt_layers_run
     assert trace.fused_with[row].tolist() == oracle.fused_with
-    np.testing.assert_allclose(trace.signal[row], oracle.prompt_signal, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(engine.signal[row], [step.signal for step in steps], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(engine.logprobs[row], [step.logprob for step in steps], rtol=0, atol=CLOSE)
+    signals_close = {"rtol": DECIDED_NARROW, "atol": 0} if narrow else {"rtol": 1e-3, "atol": 1e-4}
+    np.testing.assert_allclose(trace.signal[row], oracle.prompt_signal, **signals_close)
+    np.testing.assert_allclose(engine.signal[row], [step.signal for step in steps], **signals_close)
+    close = CLOSE_NARROW if narrow else CLOSE
+    np.testing.assert_allclose(engine.logprobs[row], [step.logprob for step in steps], rtol=0, atol=close)
 
 
 def assert_same_slots(engine: Run, oracle: Outcome, chunk_size: int) -> None:
