@@ -15,6 +15,18 @@ from qs_jax.models import arrays_by_path, network_from_arrays
 from tests.parity.golden_models import LOGIT_TOLERANCE, first_that_differs, golden_of, load_model, logits, states
 from tests.parity.variants import GOLDENS, NEW_TOKENS, REAL_MODELS, SAMPLING, STATE_POSITIONS, VARIANTS
 
+_OF_EACH_ARCHITECTURE = (
+    "gpt2_defaults",
+    "llama_mqa_llama3_parameters",
+    "mistral_no_window",
+    "qwen2_window_unused",
+)
+
+
+_SLOW_BUT_FOR_THOSE = [
+    pytest.param(name, marks=() if name in _OF_EACH_ARCHITECTURE else pytest.mark.slow) for name in VARIANTS
+]
+
 
 @pytest.fixture(params=[*VARIANTS, *REAL_MODELS])
 def name(request: pytest.FixtureRequest) -> str:
@@ -34,17 +46,7 @@ def test_logits_of_a_long_prompt(name: str, folder: Path) -> None:
     np.testing.assert_allclose(ours, golden["logits"], rtol=0, atol=LOGIT_TOLERANCE)
 
 
-_OF_EACH_ARCHITECTURE = (
-    "gpt2_defaults",
-    "llama_mqa_llama3_parameters",
-    "mistral_no_window",
-    "qwen2_window_unused",
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in _OF_EACH_ARCHITECTURE else pytest.mark.slow) for n in VARIANTS]
-)
+@pytest.mark.parametrize("name", _SLOW_BUT_FOR_THOSE)
 def test_states_after_every_layer(name: str) -> None:
     """A failure names the first layer that differs."""
     model, golden = load_model(GOLDENS / name), load_file(GOLDENS / "states.safetensors")[name]
@@ -70,6 +72,7 @@ def test_a_fault_is_named_by_its_layer(name: str, path: str, layer: str) -> None
     assert first_that_differs(ours, golden, model.config.model_type) == layer
 
 
+@pytest.mark.parametrize("name", [*_SLOW_BUT_FOR_THOSE, *REAL_MODELS])
 def test_greedy_tokens(name: str, folder: Path) -> None:
     golden = golden_of(name)
     # the random models have an end-of-text id as well, and pass over it here: the goldens did
