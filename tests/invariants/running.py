@@ -195,9 +195,9 @@ def assert_same(engine: Run, row: int, oracle: Outcome, *, narrow: bool = False)
     assert engine.bits_read[row][1:] == [step.bits_read for step in steps[1:]]
     assert trace.layers_run[row].tolist() == oracle.prompt_layers_run
     assert trace.fused_with[row].tolist() == oracle.fused_with
-    signals_close = {"rtol": DECIDED_NARROW, "atol": 0} if narrow else {"rtol": 1e-3, "atol": 1e-4}
-    np.testing.assert_allclose(trace.signal[row], oracle.prompt_signal, **signals_close)
-    np.testing.assert_allclose(engine.signal[row], [step.signal for step in steps], **signals_close)
+    rtol, atol = (DECIDED_NARROW, 0.0) if narrow else (1e-3, 1e-4)
+    np.testing.assert_allclose(trace.signal[row], oracle.prompt_signal, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(engine.signal[row], [step.signal for step in steps], rtol=rtol, atol=atol)
     close = CLOSE_NARROW if narrow else CLOSE
     np.testing.assert_allclose(engine.logprobs[row], [step.logprob for step in steps], rtol=0, atol=close)
 
