@@ -6,9 +6,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.errors import require
 from qs_jax.models.attention import Segment
 
 
@@ -30,6 +32,33 @@ class LayerCache:
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
+
+    def validate(self, *, rising: bool = False) -> None:
+        """Check what is promised above, on the host and on concrete arrays: for tests.
+
+        `rising` asks also that positions rise from slot to slot, which holds unless prompt tokens that halted are
+        still given to deeper layers: those come after the ones that went on.
+
+        Raises:
+            StateError: it names what does not hold.
+        """
+        own = jax.device_get(self)
+        batch, _, capacity, _ = own.keys.shape
+        require(own.values.shape == own.keys.shape, f"values are {own.values.shape}, keys {own.keys.shape}")
+        require(own.lengths.shape == (batch,), f"lengths are {own.lengths.shape} for {batch} rows")
+        for name in ("positions", "bias"):
+            part = getattr(own, name)
+            require(part is None or part.shape == (batch, capacity), f"{name} do not fit {batch} rows of {capacity}")
+        inside = ((own.lengths >= 0) & (own.lengths <= capacity)).all()
+        require(bool(inside), f"lengths are {own.lengths.tolist()} of {capacity} slots")
+        filled = np.arange(capacity) < own.lengths[:, None]
+        for name in ("keys", "values"):
+            finite = np.isfinite(getattr(own, name).astype(np.float32)).all(axis=(1, 3))
+            require(bool(finite[filled].all()), f"{name} are not finite in a filled slot")
+        require(own.bias is None or bool(np.isfinite(own.bias[filled]).all()), "bias is not finite in a filled slot")
+        require(bool((own.positions[filled] >= 0).all()), "a filled slot has a negative position")
+        steps = np.diff(own.positions, axis=1)[filled[:, 1:]]
+        require(not rising or bool((steps > 0).all()), "positions do not rise from slot to slot")
 
 
 Cache = tuple[LayerCache, ...]

@@ -1,4 +1,7 @@
-"""The errors a user can cause. Each message is one line: what is wrong, with what, and what to do."""
+"""The errors a user can cause. Each message is one line: what is wrong, with what, and what to do.
+
+But for the last, which only tests can meet.
+"""
 
 
 class QsJaxError(Exception):
@@ -27,3 +30,17 @@ class PolicyError(GenerationError):
 
 class EvaluationError(QsJaxError):
     """A study that cannot be made: no or too little text, windows beyond the model's context, an unreadable result."""
+
+
+class StateError(AssertionError):
+    """A state of the engine breaks what its docstring promises: a fault of ours, found by `validate()` in a test."""
+
+
+def require(holds: bool, complaint: str) -> None:
+    """For `validate()` methods, on concrete values.
+
+    Raises:
+        StateError: it does not hold.
+    """
+    if not holds:
+        raise StateError(complaint)

@@ -13,9 +13,7 @@ from jaxtyping import install_import_hook
 
 from tests import counting, typechecking
 
-# the faces are left out: they are what refuses a user's wrong types, with messages of their own
-_CHECKED = ("adaptive", "cache", "checkpoint", "engine", "loading", "matryoshka", "models", "tokenizer")
-install_import_hook(["convert", *(f"qs_jax.{name}" for name in _CHECKED)], f"{typechecking.__name__}.check")
+install_import_hook(["convert", "qs_jax"], f"{typechecking.__name__}.check")
 
 # Tests compile far more than they compute. Read when jax first compiles; XLA aborts on flags it does not know, so the
 # second is set only where it was tried.

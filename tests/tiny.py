@@ -53,6 +53,8 @@ CONFIGS["qwen2"] = {**CONFIGS["llama"], "model_type": "qwen2", "tie_word_embeddi
 _random = np.random.default_rng(0)
 PROMPTS = [_random.integers(0, 97, length).tolist() for length in (40, 5, 200)]
 
+SAMPLING = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.2, "seed": 3}
+
 LENS_RANK = 8
 
 NAMED = {"bos_token": "<s>"}
@@ -110,3 +112,10 @@ def quantised(model: Model) -> Model:
     }
     network = network_from_arrays(model.config, arrays, dtype=model.dtype)
     return replace(model, network=network, name=f"quantised {model.name}")
+
+
+def narrowed(model: Model) -> Model:
+    """The model with every weight, and so every state, in bfloat16."""
+    dtype = jnp.dtype("bfloat16")
+    network = jax.tree.map(lambda leaf: leaf.astype(dtype), model.network)
+    return replace(model, network=network, dtype=dtype, name=f"{model.name} in bfloat16")

@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.ledger import Work
 from qs_jax.adaptive.signals import entropy_bits
 from qs_jax.cache import Cache, append
+from qs_jax.config import ModelConfig
 from qs_jax.engine.descent import Context, NewSlots, descend
 from qs_jax.engine.sampling import Sampling, log_normaliser, next_tokens
+from qs_jax.errors import require
 from qs_jax.models.base import CausalLM
 from qs_jax.token_set import is_in
 
@@ -38,6 +41,32 @@ class DecodeState:
     noise: Key[Array, " batch"]
     seen: Bool[Array, "batch seen_vocab"]
     entropy: Float[Array, " batch"]
+
+    def validate(self, config: ModelConfig, *, rising: bool = False) -> None:
+        """Check what is promised above and of each layer's cache, on the host and on concrete arrays: for tests.
+
+        Raises:
+            StateError: it names what does not hold.
+        """
+        names = ("tokens", "positions", "done", "remaining", "entropy")
+        tokens, positions, done, remaining, entropy = (np.asarray(getattr(self, name)) for name in names)
+        shapes = {name: getattr(self, name).shape for name in (*names, "noise")}
+        require(set(shapes.values()) == {(len(tokens),)}, f"rows differ: {shapes}")
+        require(self.seen.shape in {(len(tokens), 0), (len(tokens), config.vocab_size)}, f"seen is {self.seen.shape}")
+        within = (tokens >= 0) & (tokens < config.vocab_size)
+        require(bool(within.all()), f"tokens are {tokens.tolist()} of a vocabulary of {config.vocab_size}")
+        within = (positions >= 0) & (positions < config.max_position_embeddings)
+        require(bool(within.all()), f"positions are {positions.tolist()} of {config.max_position_embeddings}")
+        require(bool((done | (remaining > 0)).all()), f"a row goes on though {remaining.tolist()} tokens remain")
+        require(bool((done | np.isfinite(entropy)).all()), f"entropy is {entropy.tolist()}")
+        require(len(self.cache) == config.num_hidden_layers, f"{len(self.cache)} layers have a cache")
+        for number, layer in enumerate(self.cache):
+            layer.validate(rising=rising)
+            require(len(layer.lengths) == len(tokens), f"layer {number} has {len(layer.lengths)} rows")
+            lengths, slots = np.asarray(layer.lengths), np.asarray(layer.positions)
+            require(bool((lengths <= positions).all()), f"layer {number} has more slots than tokens that were run")
+            later = (slots >= positions[:, None]) & (np.arange(layer.capacity) < lengths[:, None])
+            require(not later.any(), f"layer {number} holds a token that was not run yet")
 
 
 @jax.tree_util.register_dataclass

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.binding import BoundPolicy
@@ -37,13 +38,16 @@ from qs_jax.adaptive.fusion import fuse
 from qs_jax.adaptive.protection import Protection
 from qs_jax.adaptive.signals import Evidence, Shown, probe_entropy
 from qs_jax.cache import Cache, LayerCache, append, segment
+from qs_jax.errors import require
 from qs_jax.kernels import at_bits
 from qs_jax.models.attention import Segment, new_segment
 from qs_jax.models.base import Block, CausalLM, Heads, LayerOutput
 
 
 class Tokens(NamedTuple):
-    """A group of prompt tokens between two layers, in the order of the text; padding is not `valid`.
+    """A group of prompt tokens between two layers; padding is not `valid` and comes last.
+
+    Active ones are in the order of the text, resting ones in that of halting.
 
     `origins` is where in the prompt a token stands (for a fused one, its last member), `positions` what the model is
     told, `sizes` how many tokens it stands for. `protected` ones neither halt nor fuse.
@@ -56,6 +60,29 @@ class Tokens(NamedTuple):
     sizes: Int[Array, "batch tokens"]
     valid: Bool[Array, "batch tokens"]
     protected: Bool[Array, "batch tokens"]
+
+    def validate(self, *, active: bool) -> None:
+        """Check what is promised above, on the host and on concrete arrays: for tests.
+
+        Raises:
+            StateError: it names what does not hold.
+        """
+        own = jax.device_get(self)
+        shapes = {name: leaf.shape[:2] for name, leaf in own._asdict().items()}
+        require(len(set(shapes.values())) == 1, f"tokens differ: {shapes}")
+        require(not (own.valid[:, 1:] & ~own.valid[:, :-1]).any(), "padding comes before a token")
+        finite = np.isfinite(own.hidden_states.astype(np.float32)).all(axis=-1)
+        require(bool(finite[own.valid].all()), "a hidden state is not finite")
+        origins, positions, sizes = (part[own.valid] for part in (own.origins, own.positions, own.sizes))
+        require(bool((sizes >= 1).all()), "a token stands for none")
+        # all that a token stands for lies after the active token before it, and ends with itself
+        before = np.concatenate([np.full_like(own.origins[:, :1], -1), own.origins[:, :-1]], axis=1)[own.valid]
+        first = before + 1 if active else np.zeros_like(origins)
+        require(not active or bool((origins > before).all()), "tokens are not in the order of the text")
+        require(bool((sizes <= origins - first + 1).all()), "a token stands for more than lie before it")
+        require(bool(((positions >= first) & (positions <= origins)).all()), "a position is not among a token's own")
+        repeated = any(len(set(row[seen])) < seen.sum() for row, seen in zip(own.origins, own.valid, strict=True))
+        require(not repeated, "a token is there twice")
 
 
 class Decision(NamedTuple):

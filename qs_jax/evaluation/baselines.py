@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Int
 
 from qs_jax.adaptive.policy import Halting, KvRuleName, Policy
 from qs_jax.evaluation import candidates
@@ -67,7 +67,7 @@ def random_halting(policy: Policy, scores: Scores) -> list[Policy]:
     return [replace(policy, name="random halting", **changed)] if changed else []
 
 
-def _share_at(layers_run: Float[np.ndarray, " tokens"], layer: int) -> float:
+def _share_at(layers_run: Int[np.ndarray, " tokens"], layer: int) -> float:
     """Of the tokens that ran `layer` layers, the share that stopped there."""
     reached = (layers_run >= layer).sum()
     return float((layers_run == layer).sum() / reached) if reached else 0.0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from scipy import stats
 
@@ -39,6 +39,7 @@ _GIVE_UP = 2.0
 """A family of ever more halting is left when its increase is this many budgets."""
 
 
+@runtime_checkable
 class Bench(Protocol):
     """Where policies are measured: `qs_jax.evaluation.measurements.Measurements`, or a stand-in in tests."""
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision, Probe
 from qs_jax.model import Model
 from tests.invariants.running import imagine
-from tests.tiny import quantised, tiny_model, with_random_lens
+from tests.tiny import narrowed, quantised, tiny_model, with_random_lens
 
 LAYERS = 4
 PROMPT_LAYERS = (2, 3)
@@ -38,19 +38,21 @@ class Case:
     network: str
     policy: Policy
     planes: bool = False
+    narrow: bool = False
 
     @property
     def model(self) -> Model:
-        return _model(self.network, planes=self.planes)
+        return _model(self.network, planes=self.planes, narrow=self.narrow)
 
     def __str__(self) -> str:
-        return f"{self.network}-{self.policy.name}"
+        return f"{self.network}-{self.policy.name}{'-bfloat16' if self.narrow else ''}"
 
 
 @cache
-def _model(network: str, *, planes: bool) -> Model:
+def _model(network: str, *, planes: bool, narrow: bool) -> Model:
     model = with_random_lens(tiny_model(network, LAYERS))
-    return quantised(model) if planes else model
+    model = quantised(model) if planes else model
+    return narrowed(model) if narrow else model
 
 
 def _policy(name: str, prompt: Halting, decode: Halting, fusion: Fusion, **options: Any) -> Policy:
@@ -162,6 +164,9 @@ LLAMA_LADDER = Case(
     ),
     planes=True,
 )
+
+GPT2_NARROW = replace(GPT2_FROZEN, narrow=True)
+LLAMA_NARROW = replace(LLAMA_DROP, narrow=True)
 
 QUICK = (GPT2_FROZEN, GPT2_ZERO, LLAMA_DROP, LLAMA_AFFINE)
 THE_REST = (GPT2_DROP, LLAMA_FROZEN, GPT2_AFFINE, LLAMA_ZERO, GPT2_SHALLOW, LLAMA_LADDER)

@@ -16,6 +16,8 @@ from qs_jax.adaptive.binding import bind
 from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate
 from qs_jax.choices import BITS
+from qs_jax.config import ModelConfig
+from qs_jax.engine import prefill as prefills
 from qs_jax.engine import session as sessions
 from qs_jax.engine.decode import Controls, DecodeState
 from qs_jax.engine.sampling import Sampling
@@ -31,6 +33,9 @@ CLOSE = 1e-4
 """Log-probabilities: float32 against the oracle's float64."""
 DECIDED = 3e-5
 """A decision closer to its threshold than this (relative) may go either way in float32; such examples prove nothing."""
+CLOSE_NARROW, DECIDED_NARROW = 0.04, 0.02
+"""The same in bfloat16, whose eight bits are a step of 0.004 of every state. Measured off by 0.021 at most, in 18 runs
+of two models whose logits' deviation is 0.9; programs that are fused differently differ by up to 0.009."""
 
 _PER_ROW = ("tokens", "logprobs", "layers_run", "bits_read", "signal")
 
@@ -88,7 +93,7 @@ def run(model: Model, policy: Policy, prompts: Sequence[Sequence[int]], new_toke
     result = Run(
         session, [[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [[] for _ in rows], [[] for _ in rows]
     )
-    with _watched(result):
+    with _watched(result), _validated(model.config, policy):
         for chosen in session.chunks():
             for row in rows:
                 emitted = chosen.emitted[:, row]
@@ -132,6 +137,39 @@ def _watched(result: Run) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _validated(config: ModelConfig, policy: Policy) -> Iterator[None]:
+    """Every state that the device hands back keeps what it promises."""
+    run_stage, begin, decode_chunk = prefills.run_stage, sessions.begin, sessions.decode_chunk
+    # in a second piece of a prompt, too, halted tokens come after those that went on
+    rising = policy.prompt_halting is None or policy.kv_rule == "drop"
+
+    def staged(model: Any, active: Any, resting: Any, *args: Any, **kwargs: Any) -> Any:
+        # a group as it comes out of a stage still holds those that a decision takes away
+        active.validate(active=True)
+        if resting is not None:
+            resting.validate(active=False)
+        active, resting, cache, decision = run_stage(model, active, resting, *args, **kwargs)
+        for layer in cache:
+            layer.validate(rising=rising)
+        return active, resting, cache, decision
+
+    def checked(program: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            state, rest = program(*args, **kwargs)
+            state.validate(config, rising=rising)
+            return state, rest
+
+        return call
+
+    with (
+        mock.patch.object(prefills, "run_stage", staged),
+        mock.patch.object(sessions, "begin", checked(begin)),
+        mock.patch.object(sessions, "decode_chunk", checked(decode_chunk)),
+    ):
+        yield
+
+
 def imagine(
     model: Model,
     policy: Policy,
@@ -147,7 +185,7 @@ def imagine(
     )
 
 
-def assert_same(engine: Run, row: int, oracle: Outcome) -> None:
+def assert_same(engine: Run, row: int, oracle: Outcome, *, narrow: bool = False) -> None:
     """Every decision equal, every number close."""
     steps, trace = oracle.steps, engine.prompt
     assert engine.tokens[row] == [step.token for step in steps]
@@ -155,9 +193,11 @@ def assert_same(engine: Run, row: int, oracle: Outcome) -> None:
     assert engine.bits_read[row][1:] == [step.bits_read for step in steps[1:]]
     assert trace.layers_run[row].tolist() == oracle.prompt_layers_run
     assert trace.fused_with[row].tolist() == oracle.fused_with
-    np.testing.assert_allclose(trace.signal[row], oracle.prompt_signal, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(engine.signal[row], [step.signal for step in steps], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(engine.logprobs[row], [step.logprob for step in steps], rtol=0, atol=CLOSE)
+    rtol, atol = (DECIDED_NARROW, 0.0) if narrow else (1e-3, 1e-4)
+    np.testing.assert_allclose(trace.signal[row], oracle.prompt_signal, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(engine.signal[row], [step.signal for step in steps], rtol=rtol, atol=atol)
+    close = CLOSE_NARROW if narrow else CLOSE
+    np.testing.assert_allclose(engine.logprobs[row], [step.logprob for step in steps], rtol=0, atol=close)
 
 
 def assert_same_slots(engine: Run, oracle: Outcome, chunk_size: int) -> None:

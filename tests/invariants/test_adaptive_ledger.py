@@ -4,7 +4,17 @@ import numpy as np
 
 from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.policy import Halting
-from tests.invariants.cases import DECODE_LAYERS, LAYERS, PROMPT_LAYERS, QUICK, Case, each, halfway
+from tests.invariants.cases import (
+    DECODE_LAYERS,
+    GPT2_NARROW,
+    LAYERS,
+    LLAMA_NARROW,
+    PROMPT_LAYERS,
+    QUICK,
+    Case,
+    each,
+    halfway,
+)
 from tests.invariants.running import Run, run
 from tests.tiny import LENS_RANK
 
@@ -32,8 +42,8 @@ def prompt_flops(case: Case, costs: Costs, engine: Run, places: int) -> int:
         total += resting * (layer.kv_flops if case.policy.kv_rule in ("frozen", "affine") else 0)
         if case.policy.kv_rule == "affine" and number + 1 < LAYERS:
             total += resting * 4 * LENS_RANK * case.model.config.hidden_size
-    per_verdict = signal_flops(case, prompt) + 8 * case.model.config.hidden_size
-    return total + len(PROMPT_LAYERS) * places * per_verdict
+    per_decision = signal_flops(case, prompt) + 8 * case.model.config.hidden_size
+    return total + len(PROMPT_LAYERS) * places * per_decision
 
 
 def step_flops(case: Case, costs: Costs, ran: int, capacity: int) -> int:
@@ -48,7 +58,7 @@ def step_flops(case: Case, costs: Costs, ran: int, capacity: int) -> int:
     return total + sum(signal_flops(case, decode, lens=after <= ran) for after in DECODE_LAYERS)
 
 
-@each(QUICK)
+@each((*QUICK, GPT2_NARROW), slow=(LLAMA_NARROW,))
 def test_a_lone_row_costs_what_its_trace_says(case: Case) -> None:
     """Everything that was decided is in the trace; what it costs is counted anew from there."""
     prompt, tokens, capacity = np.random.default_rng(8).integers(12, 97, 16).tolist(), 7, 64

@@ -5,12 +5,20 @@ import pytest
 import qs_jax
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
-from tests.tiny import PROMPTS
-from tests.unit.test_decoding import SAMPLING
+from tests.tiny import PROMPTS, SAMPLING, tiny_model
 
 
-@pytest.mark.parametrize("settings", [{}, SAMPLING], ids=["greedy", "sampled"])
-def test_a_row_in_a_ragged_batch_is_the_row_alone(model: Model, settings: dict) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param("gpt2", SAMPLING, id="gpt2-sampled"),
+        pytest.param("llama", {}, id="llama-greedy"),
+        pytest.param("gpt2", {}, id="gpt2-greedy", marks=pytest.mark.slow),
+        pytest.param("llama", SAMPLING, id="llama-sampled", marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_in_a_ragged_batch_is_the_row_alone(name: str, settings: dict) -> None:
+    model = tiny_model(name)
     together = qs_jax.generate(model, PROMPTS, max_new_tokens=40, **settings)
     for prompt, tokens in zip(PROMPTS, together.tokens, strict=True):
         assert qs_jax.generate(model, [prompt], max_new_tokens=40, **settings).tokens == [tokens]

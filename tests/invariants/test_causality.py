@@ -4,7 +4,18 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.invariants.cases import GPT2_FROZEN, GPT2_ZERO, LLAMA_DROP, LLAMA_FROZEN, Case, each, policies, prompts
+from tests.invariants.cases import (
+    GPT2_FROZEN,
+    GPT2_NARROW,
+    GPT2_ZERO,
+    LLAMA_DROP,
+    LLAMA_FROZEN,
+    LLAMA_NARROW,
+    Case,
+    each,
+    policies,
+    prompts,
+)
 from tests.invariants.running import run
 
 TOKENS = 7
@@ -15,7 +26,7 @@ def changed(tokens: list[int], place: int) -> list[int]:
     return [*tokens[:place], (tokens[place] + 1) % 97, *tokens[place + 1 :]]
 
 
-@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_FROZEN))
+@each((GPT2_FROZEN, LLAMA_DROP, GPT2_NARROW), slow=(GPT2_ZERO, LLAMA_FROZEN, LLAMA_NARROW))
 @settings(max_examples=5)
 @given(data=st.data())
 def test_scored_tokens_do_not_see_later_ones(case: Case, data: st.DataObject) -> None:
@@ -33,7 +44,7 @@ def test_scored_tokens_do_not_see_later_ones(case: Case, data: st.DataObject) ->
         np.testing.assert_array_equal(ours, theirs)
 
 
-@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_FROZEN))
+@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_FROZEN, GPT2_NARROW, LLAMA_NARROW))
 @settings(max_examples=5)
 @given(data=st.data())
 def test_prompt_tokens_do_not_see_later_ones(case: Case, data: st.DataObject) -> None:

@@ -1,5 +1,6 @@
 """Nothing compiles twice, and every jitted program lowers for cpu, cuda and tpu."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -10,9 +11,7 @@ import qs_jax
 from qs_jax.engine.compilation import METER
 from qs_jax.model import Model
 from tests.recording import Call, jitted_programs, recorded
-from tests.tiny import PROMPTS, tiny_model
-from tests.unit.test_decoding import SAMPLING
-from tests.unit.test_matryoshka import quantised
+from tests.tiny import PROMPTS, SAMPLING, quantised, tiny_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -52,10 +51,23 @@ def adaptive(model: Model) -> None:
 SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive}
 
 
-@pytest.fixture(params=SCENARIOS, scope="module")
-def calls(request: pytest.FixtureRequest, model: Model) -> list[Call]:
+def each_scenario(slow: str) -> list[Any]:
+    """Those of a model go to one worker, so that each is run once."""
+    return [
+        pytest.param(name, scenario, marks=(_on(name), *([pytest.mark.slow] if f"{name} {scenario}" == slow else [])))
+        for name in ("gpt2", "llama")
+        for scenario in SCENARIOS
+    ]
+
+
+def _on(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.xdist_group(f"programs of {name}")
+
+
+@cache
+def calls_of(name: str, scenario: str) -> list[Call]:
     with recorded() as calls:
-        SCENARIOS[request.param](model)
+        SCENARIOS[scenario](tiny_model(name))
     return list({_signature(call): call for call in calls}.values())
 
 
@@ -66,17 +78,19 @@ def _signature(call: Call) -> tuple[Any, ...]:
     return call.name, str(structure), static
 
 
+# gpt2's adaptive programs are lowered in test_programs.py too
+@pytest.mark.parametrize(("name", "scenario"), each_scenario(slow="gpt2 adaptive"))
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_every_program_lowers(calls: list[Call], platform: str) -> None:
+def test_every_program_lowers(name: str, scenario: str, platform: str) -> None:
+    calls = calls_of(name, scenario)
     assert calls
     for call in calls:
         assert "func.func public @main" in call.lower(platform).as_text(), call.name
 
 
+@_on("llama")
 def test_no_program_is_left_out() -> None:
     """Whatever is jitted in the package is run by one of the scenarios above, but for what studies and fits run."""
-    with recorded() as calls:
-        for scenario in SCENARIOS.values():
-            scenario(tiny_model("llama"))
+    calls = [call for scenario in SCENARIOS for call in calls_of("llama", scenario)]
     decoding = {name for name in jitted_programs() if not name.startswith(("evaluation.", "fitting."))}
     assert {call.name for call in calls} == decoding

@@ -12,8 +12,11 @@ from qs_jax.loading import load
 from qs_jax.tokenizer import Tokenizer
 from tests.invariants.cases import (
     GPT2_FROZEN,
+    GPT2_NARROW,
     KINDS,
+    LAYERS,
     LLAMA_DROP,
+    LLAMA_NARROW,
     QUICK,
     THE_REST,
     Case,
@@ -25,7 +28,8 @@ from tests.invariants.cases import (
     prompts,
     with_thresholds,
 )
-from tests.invariants.running import DECIDED, assert_same, assert_same_slots, imagine, run
+from tests.invariants.running import DECIDED, DECIDED_NARROW, assert_same, assert_same_slots, imagine, run
+from tests.oracle import Outcome
 
 NEW_TOKENS = 7
 CHUNK = 4
@@ -61,6 +65,35 @@ def test_engine_is_oracle_on_longer_prompts(case: Case, data: st.DataObject) -> 
 @given(data=st.data())
 def test_engine_is_oracle_under_any_policy(data: st.DataObject) -> None:
     check(data.draw(any_case()), data, 16)
+
+
+@each((GPT2_NARROW,), slow=(LLAMA_NARROW,))
+def test_engine_is_oracle_in_bfloat16(case: Case) -> None:
+    """The oracle computes with the same weights and rounds nothing: texts are those where every decision is clear.
+
+    Each row alone, and all of them in a ragged batch.
+    """
+    policy, found = halfway(case), list[tuple[list[int], list[int], Outcome]]()
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        prompt = random.integers(12, 97, (16, 11, 5)[len(found)]).tolist()
+        text = random.integers(0, 97, NEW_TOKENS).tolist()
+        oracle = imagine(case.model, policy, prompt, NEW_TOKENS, text)
+        if oracle.margin > DECIDED_NARROW:
+            found.append((prompt, text, oracle))
+        if len(found) == 3:
+            break
+    prompts, texts, oracles = map(list, zip(*found, strict=True))
+    assert len(oracles) == 3
+    assert min(min(oracle.prompt_layers_run) for oracle in oracles) < LAYERS
+    assert min(step.layers_run for oracle in oracles for step in oracle.steps) < LAYERS
+    alone = run(case.model, policy, prompts[:1], NEW_TOKENS, chunk_size=CHUNK, forced=texts[:1])
+    assert_same(alone, 0, oracles[0], narrow=True)
+    assert_same_slots(alone, oracles[0], CHUNK)
+    together = run(case.model, policy, prompts, NEW_TOKENS, chunk_size=CHUNK, forced=texts)
+    for row, oracle in enumerate(oracles):
+        assert_same(together, row, oracle, narrow=True)
+        assert together.slots[0][:, row].tolist() == oracle.prompt_slots
 
 
 @each((GPT2_FROZEN,), slow=(LLAMA_DROP,))

@@ -16,11 +16,13 @@ from qs_jax.engine.prefill import Piece
 from tests.invariants.cases import (
     DECODE_LAYERS,
     GPT2_FROZEN,
+    GPT2_NARROW,
     GPT2_SHALLOW,
     GPT2_ZERO,
     LAYERS,
     LLAMA_DROP,
     LLAMA_LADDER,
+    LLAMA_NARROW,
     QUICK,
     Case,
     each,
@@ -77,7 +79,7 @@ def test_adaptive_programs_lower_for_every_platform(case: Case) -> None:
     lower_everywhere(case.model, halfway(case), names)
 
 
-@each(QUICK)
+@each((*QUICK, GPT2_NARROW), slow=(LLAMA_NARROW,))
 def test_thresholds_compile_nothing(case: Case) -> None:
     """As long as the tokens that go on fit the same buckets, which is asserted."""
 

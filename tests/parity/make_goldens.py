@@ -1,7 +1,7 @@
 """Compute the goldens with Hugging Face transformers on torch (CPU, float32, eager attention).
 
     python -m tests.parity.make_goldens          # all of them
-    python -m tests.parity.make_goldens NAME...  # some variants, real models or "sampling"
+    python -m tests.parity.make_goldens NAME...  # some variants, real models, "sampling" or "states" (of all variants)
 
 Deterministic: weights and prompts come from numpy generators with fixed seeds. Real checkpoints are read from
 QS_JAX_DATA or ../shared/data; their goldens are left as they are where it is absent.
@@ -15,11 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
-from tests.parity.variants import GOLDENS, NEW_TOKENS, PROMPT_TOKENS, REAL_MODELS, SAMPLING, VARIANTS, Variant
+from tests.parity.variants import (
+    GOLDENS,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    REAL_MODELS,
+    SAMPLING,
+    STATE_POSITIONS,
+    VARIANTS,
+    Variant,
+)
 
 _GOLDEN_POSITIONS = 16
 _SMALLEST_MARGIN = 2e-3
@@ -80,6 +89,29 @@ def load_reference(folder: Path) -> Any:
 def reference_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits (tokens, vocab) of one sequence of ids (tokens,)."""
     return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].numpy()
+
+
+@torch.no_grad()
+def reference_states(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """(layers + 1, tokens, hidden): the residual stream that enters the first layer, and what leaves each.
+
+    `output_hidden_states` would give the last one behind the final norm.
+    """
+    found: list[np.ndarray] = []
+    layers = model.transformer.h if model.config.model_type == "gpt2" else model.model.layers
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"])[0].numpy().copy())
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output)[0].numpy().copy())
+
+    hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(after) for layer in layers]
+    reference_logits(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    return np.stack(found)
 
 
 def golden(model: Any, prompt: np.ndarray, greedy_prompt: np.ndarray, *, use_eos: bool) -> dict[str, np.ndarray]:
@@ -164,11 +196,22 @@ def make_sampling() -> None:
     (GOLDENS / "sampling.json").write_text(json.dumps(SAMPLING, indent=1) + "\n", encoding="utf-8")
 
 
+def make_states() -> None:
+    """The residual stream of every variant at a few places of its golden's prompt."""
+    tensors = {}
+    for name in VARIANTS:
+        prompt = load_file(GOLDENS / name / "golden.safetensors")["prompt"]
+        states = reference_states(load_reference(GOLDENS / name), prompt)
+        tensors[name] = np.ascontiguousarray(states[:, STATE_POSITIONS])
+    save_file(tensors, GOLDENS / "states.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compute the goldens of tests/parity with transformers on torch.")
-    parser.add_argument("names", nargs="*", help="variants, real models or 'sampling' (default: all)")
-    names = set(parser.parse_args().names) or {*VARIANTS, *REAL_MODELS, "sampling"}
-    unknown = names - {*VARIANTS, *REAL_MODELS, "sampling"}
+    parser.add_argument("names", nargs="*", help="variants, real models, 'sampling' or 'states' (default: all)")
+    known = {*VARIANTS, *REAL_MODELS, "sampling", "states"}
+    names = set(parser.parse_args().names) or known
+    unknown = names - known
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
@@ -183,6 +226,8 @@ def main() -> None:
             print(f"{name}: skipped, no real data at {data}")
     if "sampling" in names:
         make_sampling()
+    if "states" in names:
+        make_states()
 
 
 if __name__ == "__main__":

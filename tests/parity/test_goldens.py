@@ -1,15 +1,30 @@
 """Float32 logits and greedy text equal Hugging Face's, as stored by make_goldens.py. Needs no torch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from qs_jax.generation import generate
 from qs_jax.loading import load
-from tests.parity.golden_models import LOGIT_TOLERANCE, golden_of, load_model, logits
-from tests.parity.variants import GOLDENS, NEW_TOKENS, REAL_MODELS, SAMPLING, VARIANTS
+from qs_jax.models import arrays_by_path, network_from_arrays
+from tests.parity.golden_models import LOGIT_TOLERANCE, first_that_differs, golden_of, load_model, logits, states
+from tests.parity.variants import GOLDENS, NEW_TOKENS, REAL_MODELS, SAMPLING, STATE_POSITIONS, VARIANTS
+
+_OF_EACH_ARCHITECTURE = (
+    "gpt2_defaults",
+    "llama_mqa_llama3_parameters",
+    "mistral_no_window",
+    "qwen2_window_unused",
+)
+
+
+_SLOW_BUT_FOR_THOSE = [
+    pytest.param(name, marks=() if name in _OF_EACH_ARCHITECTURE else pytest.mark.slow) for name in VARIANTS
+]
 
 
 @pytest.fixture(params=[*VARIANTS, *REAL_MODELS])
@@ -30,6 +45,33 @@ def test_logits_of_a_long_prompt(name: str, folder: Path) -> None:
     np.testing.assert_allclose(ours, golden["logits"], rtol=0, atol=LOGIT_TOLERANCE)
 
 
+@pytest.mark.parametrize("name", _SLOW_BUT_FOR_THOSE)
+def test_states_after_every_layer(name: str) -> None:
+    """A failure names the first layer that differs."""
+    model, golden = load_model(GOLDENS / name), load_file(GOLDENS / "states.safetensors")[name]
+    ours = states(model, golden_of(name)["prompt"])[:, STATE_POSITIONS]
+    assert first_that_differs(ours, golden, model.config.model_type) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "layer"),
+    [
+        ("gpt2_defaults", "position_embedding.table", "embedding"),
+        ("mistral_no_window", "blocks.1.v.kernel", "layer 2"),
+        ("llama_mqa_llama3_parameters", "blocks.0.input_norm.scale", "layer 1"),
+        ("qwen2_window_unused", "blocks.1.down.kernel", "layer 2"),
+    ],
+)
+def test_a_fault_is_named_by_its_layer(name: str, path: str, layer: str) -> None:
+    """Weights that are off by a thousandth, as by a slip of bfloat16, are no rounding."""
+    model, golden = load_model(GOLDENS / name), load_file(GOLDENS / "states.safetensors")[name]
+    arrays = arrays_by_path(model.network)
+    network = network_from_arrays(model.config, {**arrays, path: arrays[path] * 1.001}, dtype=model.dtype)
+    ours = states(replace(model, network=network), golden_of(name)["prompt"])[:, STATE_POSITIONS]
+    assert first_that_differs(ours, golden, model.config.model_type) == layer
+
+
+@pytest.mark.parametrize("name", [*_SLOW_BUT_FOR_THOSE, *REAL_MODELS])
 def test_greedy_tokens(name: str, folder: Path) -> None:
     golden = golden_of(name)
     # the random models have an end-of-text id as well, and pass over it here: the goldens did
@@ -50,6 +92,7 @@ def test_bfloat16_agrees_loosely(name: str) -> None:
 
 def test_goldens_folder_holds_the_tables_and_nothing_else() -> None:
     files = {f"{name}.safetensors" for name in REAL_MODELS} | {"sampling.safetensors", "sampling.json"}
+    files |= {"states.safetensors"}
     assert {path.name for path in GOLDENS.iterdir()} == {*VARIANTS, *files}
     for name, variant in VARIANTS.items():
         assert {path.name for path in (GOLDENS / name).iterdir()} == {

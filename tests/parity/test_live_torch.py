@@ -11,12 +11,20 @@ from safetensors.numpy import save_file
 
 from convert.mapping import to_hugging_face
 from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network
-from tests.parity.golden_models import LOGIT_TOLERANCE, forward_jit, golden_of, load_model, logits
+from tests.parity.golden_models import (
+    LOGIT_TOLERANCE,
+    first_that_differs,
+    forward_jit,
+    golden_of,
+    load_model,
+    logits,
+    states,
+)
 from tests.parity.variants import GOLDENS, VARIANTS
 
 pytest.importorskip("torch", reason="torch is not installed: pip install 'qs_jax[parity]'")
 
-from tests.parity.make_goldens import load_reference, reference_logits, write_variant
+from tests.parity.make_goldens import load_reference, reference_logits, reference_states, write_variant
 
 pytestmark = pytest.mark.parity
 
@@ -35,6 +43,15 @@ def test_goldens_are_what_transformers_computes(name: str) -> None:
     golden = golden_of(name)
     theirs = reference_logits(load_reference(GOLDENS / name), golden["prompt"])[golden["positions"]]
     np.testing.assert_allclose(theirs, golden["logits"], rtol=0, atol=LOGIT_TOLERANCE / 4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_layer_leaves_what_transformers_layer_leaves(name: str) -> None:
+    """At every position of a long prompt; a failure names the first layer that differs."""
+    model, prompt = load_model(GOLDENS / name), golden_of(name)["prompt"]
+    theirs = reference_states(load_reference(GOLDENS / name), prompt)
+    assert len(theirs) == model.config.num_hidden_layers + 1
+    assert first_that_differs(states(model, prompt), theirs, model.config.model_type) is None
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -17,6 +17,9 @@ PROMPT_TOKENS = 500
 
 NEW_TOKENS = 64
 
+STATE_POSITIONS = [0, 1, 63, 64, 300, PROMPT_TOKENS - 1]
+"""Places of the long prompt whose states are kept layer by layer: its ends, and around the first context of llama3."""
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -1,4 +1,4 @@
-"""The ablation's table, its baselines, and what free running measures."""
+"""The ablation's table and what it switches."""
 
 from pathlib import Path
 
@@ -8,12 +8,6 @@ import pytest
 
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision
 from qs_jax.evaluation.ablation import MECHANISMS, switched
-from qs_jax.evaluation.baselines import random_halting
-from qs_jax.evaluation.freerun import agreement, grams, variety
-from qs_jax.evaluation.observation import observe
-from qs_jax.evaluation.perplexity import run
-from qs_jax.evaluation.windows import Plan, cut
-from qs_jax.loading import load
 from qs_jax.request import bind_policy
 from tests.study import LETTERS, command, model_folder
 from tests.tiny import tiny_model
@@ -86,29 +80,3 @@ def test_switching_keeps_the_structure() -> None:
     assert {none.prompt_halting.thresholds, *(none.decode_halting.thresholds,)} == {0.0, (0.0,)}
     assert none.fusion.thresholds == 0.0
     assert switched(subject, ("kv_skipping",)).kv_rule == "frozen"
-
-
-@pytest.mark.slow
-def test_random_halting_halts_as_many(folder: Path) -> None:
-    model = load(folder / "model", compilation_cache=False)
-    plan = Plan(128, 8, 64)
-    windows = cut(model, [TEXT], plan)
-    drift = observe(model, windows, protect_first=4, protect_last=16).prompt["relative_drift"][0]
-    halting = Halting("relative_drift", float(np.quantile(drift, 0.4)), layers=(1,))
-    policy = Policy("chosen", prompt_halting=halting)
-    scores = run(model, windows, {"chosen": bind_policy(model, policy)}, plan, lambda n=1: None)
-    random = random_halting(policy, scores["chosen"])[0]
-    again = run(model, windows, {"random": bind_policy(model, random)}, plan, lambda n=1: None)["random"]
-    stopped = [np.mean(np.concatenate(s.prompts.layers_run) == 1) for s in (scores["chosen"], again)]
-    assert stopped[0] == pytest.approx(0.4 * 108 / 128, abs=0.05)
-    assert stopped[1] == pytest.approx(stopped[0], abs=0.07)
-    uniform = Policy(prompt_halting=Halting(thresholds=float("inf"), layers=(1,)))
-    assert random_halting(uniform, scores["chosen"]) == []
-
-
-def test_free_running_is_measured_by_its_definitions() -> None:
-    assert agreement([1, 2, 3], [1, 2, 4]) == 2
-    assert agreement([1, 2], [1, 2]) == 2
-    assert grams([1, 2, 3], 2) == [(1, 2), (2, 3)]
-    assert variety([[1, 2, 3, 4, 5]]) == {"repetition": 0.0, "distinct_1": 1.0, "distinct_2": 1.0}
-    assert variety([[7] * 8]) == {"repetition": 4 / 5, "distinct_1": 1 / 8, "distinct_2": 1 / 7}

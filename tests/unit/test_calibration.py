@@ -1,75 +1,19 @@
 """Calibration keeps its promise on a risk that is known, resumes, and refuses what cannot work."""
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import pytest
 
-from qs_jax.adaptive.policy import Halting, Policy
-from qs_jax.errors import EvaluationError
-from qs_jax.evaluation import measurements
+from qs_jax.adaptive.policy import Policy
 from qs_jax.evaluation.calibration import Goal, calibrate
-from qs_jax.evaluation.candidates import Space, joined, neighbours, stop_prompt, stripped
-from qs_jax.evaluation.measurements import Measured, Measurements, Part, split
-from qs_jax.evaluation.observation import Observed, observe
-from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
-from qs_jax.evaluation.statistics import increase
-from qs_jax.evaluation.windows import Plan, cut
-from qs_jax.loading import load
+from qs_jax.evaluation.candidates import Space
+from qs_jax.evaluation.measurements import Measured, Measurements, Part
+from tests.known_risk import DEPTH, PREFIX, SPACE, FakeBench, layers_saved, observed
 from tests.study import LETTERS, command, model_folder
 
-DEPTH, PREFIX = 8, 64
-SPACE = Space.of(DEPTH, planes=False)
 TEXT = "".join(np.random.default_rng(0).choice(list(LETTERS), 2000))
-
-
-def observed() -> Observed:
-    values = np.tile(np.linspace(0, 1, 101), (DEPTH, 1))
-    signals = {"relative_drift": values}
-    return Observed(signals, signals, {"cosine": values}, values[0], values[0])
-
-
-def layers_saved(policy: Policy) -> float:
-    """Share of layers saved, if signals are uniform and independent: of the prompt, and a little for all else."""
-    running, saved = 1.0, 0.0
-    halting = policy.prompt_halting
-    for layer, threshold in zip(halting.layers or (), halting.thresholds, strict=True) if halting else ():  # pyright: ignore
-        halted = running * min(threshold, 1.0)
-        saved, running = saved + halted * (DEPTH - layer) / DEPTH, running - halted
-    decode, fusion = policy.decode_halting, policy.fusion
-    saved += 0.1 * sum(min(t, 1.0) for t in decode.thresholds) if decode else 0.0  # pyright: ignore
-    saved += 0.05 * sum(fusion.thresholds) if fusion else 0.0  # pyright: ignore
-    return saved
-
-
-@dataclass
-class FakeBench:
-    """Windows are draws: what a policy does to the nll is known, up to noise that differs from window to window."""
-
-    seed: int
-    windows: int = 40
-
-    def true_shift(self, policy: Policy) -> float:
-        return 0.3 * layers_saved(policy) ** 2
-
-    def of(self, policy: Policy, part: Part) -> Measured:
-        saved = layers_saved(policy)
-        dense = np.random.default_rng([self.seed, part == "test"]).normal(2.0, 0.4, self.windows)
-        kind = crc32(json.dumps(policy.to_json()).encode())
-        noise = np.random.default_rng([self.seed, part == "test", kind]).normal(0, 0.1 * saved, self.windows)
-        return Measured((dense + self.true_shift(policy) + noise).tolist(), DEPTH * (1 - saved), 32.0, saved, 0.0)
-
-    def dense(self, part: Part) -> Measured:
-        return self.of(Policy.off(), part)
-
-    def increase(self, policy: Policy, part: Part) -> float:
-        return increase(self.of(policy, part).values, self.dense(part).values)
-
-    def cost(self, policy: Policy) -> float:
-        return self.of(policy, "search").layers_run / DEPTH
 
 
 def calibrated_often(budget: float, confidence: float, trials: int) -> tuple[float, float]:
@@ -139,27 +83,6 @@ def test_bits_are_calibrated_where_weights_have_planes() -> None:
     assert found.policy.prompt_halting is not None
 
 
-def test_the_path_is_the_front_from_safe_to_cheap() -> None:
-    estimates = [Estimate(n, risk, cost) for n, (risk, cost) in enumerate([(0.3, 5), (0.1, 9), (0.2, 9), (0.9, 1)])]
-    assert [e.place for e in pareto_path(estimates)] == [1, 0, 3]
-    assert [e.place for e in rungs(pareto_path(estimates), 0.5, (0.1, 0.3, 0.5, 1))] == [1, 0]
-    many = [Estimate(n, n / 10, -n) for n in range(20)]
-    assert [e.place for e in rungs(many, 1.0, (0.25, 0.5, 1))] == [2, 5, 10]
-
-
-def test_a_lucky_bold_candidate_does_not_hide_the_timid_ones() -> None:
-    costs = [100.0, 90.0, 91.0, 70.0, 50.0, 10.0]
-    risks = [0.0, 0.03, 0.02, 0.1, -0.01, 0.9]
-    estimates = [Estimate(n, risk, cost) for n, (risk, cost) in enumerate(zip(risks, costs, strict=True))]
-    assert [e.place for e in ladder(estimates, 0.2, 100.0, 5)] == [2, 3, 4]
-    assert ladder(estimates[:1], 0.2, 100.0, 5) == []
-
-
-def test_a_bold_step_does_not_hide_a_later_one_that_risks_less() -> None:
-    estimates = [Estimate(0, 0.02, 0.9), Estimate(1, 0.18, 0.7), Estimate(2, 0.05, 0.5), Estimate(3, 0.19, 0.4)]
-    assert [estimate.place for estimate in ladder(estimates, 0.2, 1.0, 12)] == [0, 2, 3]
-
-
 def test_a_mechanism_that_fails_does_not_hide_the_uniform_stops() -> None:
     class Deceptive(FakeBench):
         """Fusion looks harmless in the search and is not."""
@@ -194,21 +117,6 @@ def test_a_uniform_stop_is_tested_whatever_the_search_makes_of_it() -> None:
     assert found.uniform is not None
     assert found.uniform["flops_reduction"] == pytest.approx(2 / DEPTH)
     assert found.uniform["perplexity_increase_search"] > 0.1
-
-
-def test_testing_stops_at_the_first_failure() -> None:
-    asked: list[float] = []
-    assert accepted([0.01, 0.04, 0.2, 0.0], lambda p: asked.append(p) or p, 0.1) == [0.01, 0.04]
-    assert asked == [0.01, 0.04, 0.2]
-
-
-def test_thresholds_lie_where_the_share_of_tokens_is() -> None:
-    base = SPACE.neutral(PREFIX)
-    policy = stop_prompt(base, observed(), {4: 0.25, 6: 1.0})
-    assert stripped(policy, "x").prompt_halting == Halting("relative_drift", (0.25, float("inf")), layers=(4, 6))
-    assert joined(base, [policy]).prompt_halting == policy.prompt_halting
-    assert {4: 0.5, 6: 1.0} in neighbours((4, 5, 6), 5)
-    assert stripped(base, "off").mechanisms == ()
 
 
 @pytest.fixture(scope="module")
@@ -255,41 +163,6 @@ def test_the_command_writes_a_policy_that_eval_takes(folder: Path, monkeypatch: 
     assert "already" in errors
 
 
-def test_progress_of_another_model_or_text_is_not_taken_up(folder: Path, tmp_path: Path) -> None:
-    model = load(folder / "model", compilation_cache=False)
-    windows = cut(model, [TEXT], Plan(40, 8, 256))
-    bench = Measurements(model, windows, 8, tmp_path / "progress")
-    bench._known["test x"] = Measured([1.0], 1.0, 8.0, 0.0, 0.0)
-    bench._write()
-    assert Measurements(model, windows, 8, tmp_path / "progress").resumed == 1
-    assert Measurements(model, windows[8:], 8, tmp_path / "progress").resumed == 0
-    (tmp_path / "progress").write_text("{")
-    assert Measurements(model, windows, 8, tmp_path / "progress").resumed == 0
-
-
-def test_fewer_bits_that_read_more_bytes_are_no_saving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a batch at different precisions: each precision is a product of its own."""
-    model = load(folder / "model", compilation_cache=False)
-    bench = Measurements(model, cut(model, [TEXT], Plan(40, 8, 256)), 8, None)
-    bench.planes = True
-    found = {"dense": Measured([1.0], 2.0, 8.0, 0.0, 0.0), "mixed": Measured([1.0], 2.0, 6.0, 0.0, -0.2)}
-    monkeypatch.setattr(bench, "of", lambda policy, part: found[policy.name])
-    assert bench.cost(Policy(name="mixed")) > bench.cost(Policy(name="dense"))
-
-
-def test_the_parts_share_no_window(folder: Path) -> None:
-    model = load(folder / "model", compilation_cache=False)
-    windows = cut(model, [TEXT], Plan(40, 8, 256))
-    parts = split(windows, 8)
-    assert sorted(map(repr, parts["search"] + parts["test"])) == sorted(map(repr, windows))
-    assert len(parts["search"]) % 8 == len(parts["test"]) % 8 == 0
-    seen = observe(model, windows, protect_first=4, protect_last=16)
-    assert seen.prompt["relative_drift"].shape == (2, 8 * 20)
-    assert seen.scored["raw_drift"].shape == (2, 8 * 8)
-    assert seen.settled.min() >= 1
-    assert seen.settled.max() <= 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -306,10 +179,3 @@ def test_bad_requests_are_refused_in_one_line(folder: Path, arguments: tuple[obj
     status, _, errors = command("calibrate", folder / "model", "--text", folder / "text.txt", *CUT, *out, *arguments)
     assert (status, len(errors.strip().splitlines())) == (2, 1), errors
     assert complaint in errors
-
-
-def test_a_bench_that_cannot_write_says_so(folder: Path) -> None:
-    model = load(folder / "model", compilation_cache=False)
-    bench = measurements.Measurements(model, cut(model, [TEXT], Plan(40, 8, 256)), 8, Path("/nowhere/progress"))
-    with pytest.raises(EvaluationError, match="cannot be written"):
-        bench._write()

@@ -7,18 +7,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import convert.cli
 from convert.mapping import to_hugging_face
-from convert.parts import Parts
-from convert.source import Source
 from qs_jax.checkpoint import MANIFEST
 from qs_jax.loading import load
 from qs_jax.models import arrays_by_path
 from tests.folders import Tensors, tensors_of, write_folder
-from tests.tiny import CONFIGS, reference_logits, tiny_model
+from tests.tiny import CONFIGS
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -185,29 +182,3 @@ def test_a_changed_file_is_named_at_load(tmp_path: Path) -> None:
     (out / victim).write_bytes(content)
     with pytest.raises(Exception, match=Path(victim).name):
         load(out, compilation_cache=False)
-
-
-def test_conversion_reads_one_part_at_a_time(tmp_path: Path) -> None:
-    parts = Parts(Source(write_folder(tmp_path / "hf", "llama")))
-    names = [name for name, _ in parts]
-    assert names == parts.names
-    assert names == ["embedding", "blocks.0", "blocks.1", "lm_head", "output_norm"]
-
-
-def test_verification_finds_the_same_logits_and_notices_other_ones(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "hf", "llama")
-    rng = np.random.default_rng(0)
-    golden = {
-        "tokens": rng.integers(0, 97, 50).astype(np.int32),
-        "positions": np.asarray([10, 49], np.int32),
-        "logits": rng.standard_normal((2, 97)).astype(np.float32),
-    }
-    save_file(golden, tmp_path / "golden.safetensors")
-    run_verify = ("--verify", "--golden", tmp_path / "golden.safetensors", "--json")
-    assert_refused(source, tmp_path / "out", "logits differ from golden.safetensors by", *map(str, run_verify))
-    golden["logits"] = reference_logits(tiny_model("llama"), golden["tokens"].tolist())[golden["positions"]]
-    save_file(golden, tmp_path / "golden.safetensors")
-    status, out, _ = run(source, tmp_path / "out", *run_verify)
-    assert status == 0
-    assert json.loads(out)["max_abs_logit_error"] < 1e-4
-    assert json.loads(out)["kl"] < 1e-6

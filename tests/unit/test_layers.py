@@ -1,4 +1,4 @@
-"""Products, attention and cache writes in every dtype and for every number of rows, against the plain mathematics."""
+"""Products, norms and activations in every dtype, against the plain mathematics."""
 
 import jax
 import jax.numpy as jnp
@@ -6,23 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.typing import DTypeLike
+from scipy.special import erf, expit
 
-from qs_jax.cache import LayerCache, append
-from qs_jax.engine.sampling import log_normaliser, most_likely
 from qs_jax.kernels import DenseKernel
-from qs_jax.models.attention import Segment, attention
-from qs_jax.models.layers import Linear
-
-rng = np.random.default_rng(5)
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-
-
-def normal(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    return jnp.asarray(rng.standard_normal(shape), dtype)
-
-
-def exact(x: jax.Array) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+from qs_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, RMSNorm
+from tests.arrays import DTYPES, exact, normal
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,67 +30,54 @@ def test_a_projection_sums_in_float32(dtype: DTypeLike, rows: int, outputs: int)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 2), (1, 8), (3, 2)])
-def test_attention_over_two_segments_is_that_over_all_slots(dtype: DTypeLike, queries: int, group: int) -> None:
-    q = normal(2, queries, 2 * group, 16, dtype=dtype)
-    runs = [(normal(2, 2, n, 16, dtype=dtype), normal(2, 2, n, 16, dtype=dtype)) for n in (6, 3)]
-    visible = [jnp.asarray(rng.random((2, queries, n)) < 0.7).at[..., 0].set(True) for n in (6, 3)]
-    view = tuple(Segment(k, v, seen) for (k, v), seen in zip(runs, visible, strict=True))
-    keys, values = (np.concatenate([exact(run[i]) for run in runs], axis=2) for i in (0, 1))
-    heads = exact(q).reshape(2, queries, 2, group, 16)
-    scores = np.einsum("bqkgd,bksd->bkgqs", heads, keys) * 0.25
-    scores = np.where(np.concatenate(visible, axis=-1)[:, None, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    expected = np.einsum("bkgqs,bksd->bqkgd", weights, values).reshape(2, queries, -1)
-    found = jax.jit(attention, static_argnums=2)(q, view, 0.25)
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_norms_are_taken_in_float32(kind: type[LayerNorm] | type[RMSNorm], dtype: DTypeLike) -> None:
+    """Of rows far from zero, whose squares a narrow float could not hold apart."""
+    norm, x = kind(32, epsilon=1e-2, dtype=jnp.dtype(dtype)), 3 * normal(4, 32, dtype=dtype) + jnp.asarray(20, dtype)
+    norm.scale.set_value(normal(32, dtype=dtype))
+    centred = exact(x)
+    if isinstance(norm, LayerNorm):
+        norm.bias.set_value(normal(32, dtype=dtype))
+        centred = centred - centred.mean(axis=-1, keepdims=True)
+    unscaled = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-2)
+    expected = unscaled * exact(norm.scale.get_value())
+    if isinstance(norm, LayerNorm):
+        expected = expected + exact(norm.bias.get_value())
+    found = norm(x)
     assert found.dtype == dtype
-    # weights are rounded to the dtype, and so is the result
-    np.testing.assert_allclose(exact(found), expected, atol=8 * float(jnp.finfo(dtype).eps))
+    # root-mean-square norms round before they scale, as Hugging Face's do
+    np.testing.assert_allclose(exact(found), expected, rtol=2 * float(jnp.finfo(dtype).eps), atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "window"), [(384, 384), (384, 50), (269, 269)])
-def test_many_queries_attend_as_each_does_alone(dtype: DTypeLike, queries: int, window: int) -> None:
-    """384 go in blocks, and with a window some see nothing in the first slots; 269 is prime, 5 slots are one block."""
-
-    def run(slots: int, visible: jax.Array, *bias: jax.Array) -> Segment:
-        return Segment(normal(2, 2, slots, 8, dtype=dtype), normal(2, 2, slots, 8, dtype=dtype), visible, *bias)
-
-    q, own = normal(2, queries, 2, 8, dtype=dtype), jnp.tril(jnp.ones((1, queries, queries), bool))
-    empty = run(512, jnp.zeros((1, 1, 512), bool))
-    past = run(512, jnp.arange(512)[None, None] < jnp.asarray([300, 3])[:, None, None], normal(2, 512))
-    few = run(5, jnp.ones((1, 1, 5), bool), normal(2, 5))
-    view = empty, past, few, run(queries, own & ~jnp.tril(own, -window))
-    together = jax.jit(attention, static_argnums=2)(q, view, 0.3)
-    assert together.dtype == dtype
-    for query in (0, 191, 192, queries - 1):
-        seen = *view[:3], view[3]._replace(visible=view[3].visible[:, query : query + 1])
-        alone = attention(q[:, query : query + 1], seen, 0.3)
-        atol = 4 * float(jnp.finfo(dtype).eps) if dtype != jnp.float32 else 1e-5
-        np.testing.assert_allclose(exact(together[:, query : query + 1]), exact(alone), atol=atol)
+def test_activations_are_those_of_their_names() -> None:
+    x = np.linspace(-6, 6, 101)
+    tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    expected = {
+        "gelu": 0.5 * x * (1 + erf(x / np.sqrt(2))),
+        "gelu_new": tanh,
+        "gelu_pytorch_tanh": tanh,
+        "quick_gelu": x * expit(1.702 * x),
+        "relu": np.maximum(x, 0),
+        "silu": x * expit(x),
+    }
+    assert ACTIVATIONS.keys() == expected.keys()
+    for name, activation in ACTIVATIONS.items():
+        # exact and approximate gelu are 5e-4 apart
+        np.testing.assert_allclose(activation(jnp.asarray(x, jnp.float32)), expected[name], atol=5e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_tokens_take_the_next_slots_and_those_without_change_nothing(dtype: DTypeLike, tokens: int) -> None:
-    old = normal(3, 2, 4, 8, dtype=dtype)
-    lengths = jnp.asarray([0, 2, 4], jnp.int32)
-    layer = LayerCache(old, -old, jnp.zeros((3, 4), jnp.int32), lengths)
-    k = normal(3, tokens, 2, 8, dtype=dtype)
-    writes = jnp.asarray([[True], [False], [True]]).repeat(tokens, axis=1)
-    positions = jnp.arange(7, 7 + tokens, dtype=jnp.int32)[None].repeat(3, axis=0)
-    new = jax.jit(append)(layer, k, -k, positions, writes)
-    expected = np.array(old)
-    expected[0, :, :tokens] = np.asarray(k[0]).swapaxes(0, 1)  # row 1 writes nothing, row 2 is full
-    np.testing.assert_array_equal(new.keys, expected)
-    np.testing.assert_array_equal(new.values, -expected)
-    assert new.lengths.tolist() == [tokens, 2, 4]
-    assert new.positions[0, :tokens].tolist() == positions[0].tolist()
+def test_a_bias_is_added_before_the_result_is_rounded() -> None:
+    linear = Linear(8, 3, bias=True, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    assert linear.bias is not None
+    linear.bias.set_value(jnp.asarray([0.1, 300.0, -7.0], jnp.bfloat16))
+    x = normal(2, 8, dtype=jnp.bfloat16)
+    expected = exact(x) @ exact(linear.kernel.get_value()).T + exact(linear.bias.get_value())
+    np.testing.assert_array_equal(linear(x), jnp.asarray(expected, jnp.float32).astype(jnp.bfloat16))
+    np.testing.assert_allclose(linear(x, jnp.float32), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_most_likely_is_the_first_of_equals_and_the_normaliser_that_of_softmax(rows: int) -> None:
-    logits = normal(rows, 300).at[:, jnp.asarray([41, 17, 250])].set(9.0)
-    assert jax.jit(most_likely)(logits).tolist() == [17] * rows
-    np.testing.assert_allclose(jax.jit(log_normaliser)(logits), np.log(np.exp(exact(logits)).sum(axis=-1)), rtol=1e-6)
+def test_an_id_beyond_the_table_reads_its_last_row() -> None:
+    """Padded rows carry positions that no table has; what they read counts for nothing, but has to be a number."""
+    table = Embedding(5, 4, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    rows = np.asarray(table.table.get_value())
+    np.testing.assert_array_equal(table(jnp.asarray([[0, 3], [4, 9]])), rows[[[0, 3], [4, 4]]])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qs_jax.evaluation.scoring import _compare
 from qs_jax.evaluation.statistics import (
     bits_per_byte,
     excess_p_value,
@@ -73,13 +72,3 @@ def test_the_p_value_is_uniform_where_the_truth_is_at_the_budget() -> None:
     assert excess_p_value(nll, dense, 10.0) < 1e-6 < 0.99 < excess_p_value(nll, dense, -1.0)
     assert excess_p_value(dense, dense, 0.1) == 0
     assert excess_p_value(dense, dense, -0.1) == 1
-
-
-def test_kl_and_agreement_match_their_definitions() -> None:
-    p, q = np.random.default_rng(0).normal(size=(2, 3, 4, 11)).astype(np.float32)
-    kl, agrees = _compare(p, q)
-    probabilities = np.exp(p) / np.exp(p).sum(-1, keepdims=True)
-    others = np.exp(q) / np.exp(q).sum(-1, keepdims=True)
-    np.testing.assert_allclose(kl, (probabilities * np.log(probabilities / others)).sum(-1), atol=1e-5)
-    np.testing.assert_array_equal(agrees, p.argmax(-1) == q.argmax(-1))
-    assert np.abs(np.asarray(_compare(p, p)[0])).max() < 1e-6

@@ -1,4 +1,4 @@
-"""The engine on small random models: greedy decoding, sampling, stopping, refusals."""
+"""Generating from token ids on small random models: greedy decoding, sampling, stopping, refusals."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,20 +7,10 @@ import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax.engine.prefill import piece_width
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
-from tests.tiny import PROMPTS, reference_logits, tiny_model
-
-SAMPLING: dict[str, Any] = {
-    "do_sample": True,
-    "temperature": 1.3,
-    "top_p": 0.9,
-    "top_k": 40,
-    "repetition_penalty": 1.2,
-    "seed": 3,
-}
+from tests.tiny import PROMPTS, SAMPLING, reference_logits, tiny_model
 
 
 def assert_greedy(model: Model, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
@@ -144,19 +134,3 @@ def test_text_without_a_tokenizer_is_refused() -> None:
 def test_a_prompt_that_is_empty_after_stripping_is_refused(prompts: str | list[str]) -> None:
     with pytest.raises(GenerationError, match="empty"):
         qs_jax.generate(tiny_model("gpt2", tokenizer=True), prompts)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "limit", "width"),
-    [
-        (1, 1024, 16),
-        (17, 1024, 24),
-        (25, 1024, 32),
-        (700, 1024, 768),
-        (769, 1024, 1024),
-        (1500, 2048, 1024),
-        (90, 95, 95),
-    ],
-)
-def test_prompts_are_padded_to_two_widths_per_octave(tokens: int, limit: int, width: int) -> None:
-    assert piece_width(tokens, limit) == width

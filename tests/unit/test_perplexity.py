@@ -1,8 +1,6 @@
 """`qs-jax eval` on a small random model: right, causal, and unmoved by bad input."""
 
-import gzip
 import json
-import lzma
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,6 @@ import numpy as np
 import pytest
 
 from qs_jax.adaptive.policy import Fusion, Halting, Policy
-from qs_jax.corpus import read_documents
-from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.loading import load
 from qs_jax.models import forward
@@ -22,6 +18,7 @@ random = np.random.default_rng(0)
 TEXT = "".join(random.choice(list(LETTERS), 400))
 PREFIX, WINDOW = 40, 10
 CUT = ("--prefix", PREFIX, "--window", WINDOW, "--batch", 2, "--json", "--debug")
+
 EVERYTHING = Policy(
     "everything",
     prompt_halting=Halting("random", 0.5, layers=(1,)),
@@ -104,40 +101,6 @@ def test_batches_change_nothing(folder: Path) -> None:
     arguments = ("--policy", folder / "policy.json")
     alone = evaluated(folder, *arguments, "--batch", 1)
     np.testing.assert_allclose(alone["logprobs"], evaluated(folder, *arguments)["logprobs"], atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.txt", b"one\ftwo\f \f", ["one", "two"]),
-        ("a.json", b'["one", {"text": "two"}]', ["one", "two"]),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n\n"two"\n', mtime=0), ["one", "two"]),
-        ("a.txt.xz", lzma.compress("é".encode()), ["é"]),
-    ],
-)
-def test_text_is_read_in_every_form(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert read_documents(tmp_path / name) == expected
-    assert read_documents(tmp_path / name, "-1:") in (expected[-1:], expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "complaint"),
-    [
-        ("a.txt", b" \n", "hold no text"),
-        ("a.txt", b"\xff\xfe\x00", "not UTF-8 at byte 0"),
-        ("a.json", b'{"text": "x"}', "expected a list"),
-        ("a.json", b"[1]", "entry 1 is neither"),
-        ("a.json", b"[" * 10**5, "not valid JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{', "not valid JSON"),
-        ("a.txt.xz", lzma.compress(b"x" * 1000)[:-20], "cannot be read"),
-        ("a.txt.gz", b"no gzip", "cannot be read"),
-    ],
-)
-def test_bad_text_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(EvaluationError, match=complaint):
-        read_documents(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,16 @@
-"""Text in, text out: stop strings, streaming, chat, and characters that lie over several tokens."""
+"""Text in, text out: stop strings, streaming and chat."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 
 import qs_jax
-from qs_jax.engine.stopping import Detokenizer, StopStrings
-from qs_jax.errors import GenerationError, TokenizerError
+from qs_jax.errors import GenerationError
 from qs_jax.generation import GenerateOutput, StreamPiece
 from qs_jax.model import Model
-from qs_jax.tokenizer import Tokenizer
-from tests.tiny import character_tokenizer, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model
 
 PROMPTS = ["Once upon a time", "The old man", "x"]
 
@@ -101,58 +97,6 @@ def test_chat_messages_go_through_the_template(model: Model) -> None:
         assert output.tokens == qs_jax.generate(model, [written], max_new_tokens=8).tokens
 
 
-def test_chat_without_a_template_or_against_it_is_refused() -> None:
-    messages = [{"role": "user", "content": "Hi"}]
-    with pytest.raises(TokenizerError, match="no chat template"):
-        Tokenizer(character_tokenizer()).encode_chat(messages)
-    refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(TokenizerError, match="roles must alternate"):
-        Tokenizer(character_tokenizer(), chat_template=refusing).encode_chat(messages)
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte: every character beyond ASCII is split. Id n is byte n."""
-    backend = Backend(models.BPE(vocab={f"<0x{byte:02X}>": byte for byte in range(256)}, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return Tokenizer(backend)
-
-
-@pytest.mark.parametrize("text", ["naïve café", "日本語 text", "👩🏽‍🚀 in space", "\u2028 line"])
-def test_a_character_over_several_tokens_comes_out_whole(text: str) -> None:
-    detokenizer = Detokenizer(byte_tokenizer(), list(b"prompt"))
-    pieces = [detokenizer.push(byte) for byte in text.encode()]
-    assert [piece for piece in pieces if piece] == list(text)
-    assert detokenizer.flush() == ""
-    assert detokenizer.text == text
-
-
-def test_bytes_that_never_become_a_character_come_out_at_the_end() -> None:
-    detokenizer = Detokenizer(byte_tokenizer(), list(b"prompt"))
-    assert [detokenizer.push(byte) for byte in b"a\xe2\x82"] == ["a", "", ""]
-    assert set(detokenizer.flush()) == {"\ufffd"}
-    assert detokenizer.text.startswith("a")
-
-
-def test_a_stop_string_is_found_where_it_is_completed_and_only_there() -> None:
-    text = "one two three"
-    stops = StopStrings(byte_tokenizer(), list(b"two, bey"), ["two", "e t", "beyon"])
-    found = [end for end, byte in enumerate(text.encode(), start=1) if stops.push(byte)]
-    assert found == [len("on"), len("one t"), len("one two")]
-
-
-def test_real_tokenizer_joins_pieces_as_it_decodes(data_dir: Path) -> None:
-    """SentencePiece drops the space at the start of a text: pieces must keep it."""
-    tokenizer = Tokenizer.load(data_dir / "models" / "stories260K")
-    prompt, text = "Once upon a time", "Once upon a time, there was a café. \nThey said: “Hi”  twice!"
-    tokens = tokenizer.encode(text)
-    start = len(tokenizer.encode(prompt))
-    assert tokens[:start] == tokenizer.encode(prompt)
-    detokenizer = Detokenizer(tokenizer, tokens[:start])
-    pieces = [detokenizer.push(token) for token in tokens[start:]]
-    assert "".join(pieces) + detokenizer.flush() == text[len(prompt) :]
-    assert len([piece for piece in pieces if piece]) > 15
-
-
 def test_real_stop_string_over_tokens(data_dir: Path) -> None:
     """A stop string that begins and ends inside tokens of a SentencePiece vocabulary."""
     model = qs_jax.load(data_dir / "models" / "stories260K")
@@ -169,9 +113,3 @@ def test_real_stop_string_over_tokens(data_dir: Path) -> None:
     assert free.texts[0].startswith(output.texts[0])
     assert cut <= len(output.texts[0]) < cut + 8
     assert output.tokens[0] == free.tokens[0][: output.lengths[0]]
-
-
-def test_the_tiny_tokenizer_is_what_the_tests_take_it_for() -> None:
-    assert tiny_tokenizer().vocab_size == 97
-    assert tiny_tokenizer().encode(" ~") == [0, 94]
-    assert tiny_tokenizer().decode([0, 94, 96]) == " ~"

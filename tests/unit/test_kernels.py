@@ -1,0 +1,109 @@
+"""Products with nested kernels, and the precision at which rows and modules read them."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qs_jax.adaptive.costs import Costs
+from qs_jax.choices import BITS
+from qs_jax.fitting.rounding import round_to_nearest
+from qs_jax.kernels import at_bits, has_planes, is_nested, plane_bytes, weights
+from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.model import Model
+from qs_jax.models import forward
+from tests.tiny import PROMPTS, quantised, tiny_model
+
+rng = np.random.default_rng(0)
+
+
+def random_kernel(outputs: int = 48, inputs: int = 100, group_size: int = 64) -> NestedKernel:
+    return round_to_nearest(jnp.asarray(rng.standard_t(5, (outputs, inputs)), jnp.float32), group_size=group_size)
+
+
+def random_rows(*shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (70,)])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("inputs", [64, 100, 172])
+def test_products_are_those_of_the_weights(rows: tuple[int, ...], bits: int, inputs: int) -> None:
+    kernel = random_kernel(inputs=inputs)
+    x = random_rows(*rows, inputs)
+    expected = x @ kernel.dequantise(bits).T
+    np.testing.assert_allclose(kernel.at(bits).matmul(x), expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_weights_are_not_written_out_before_they_are_needed() -> None:
+    """Else a prompt through a large model would need all of it as floats beside its codes."""
+    kernel = random_kernel(512, 512)
+    kernels, x = [kernel] * 12, random_rows(70, 512)
+
+    def chain(kernels: list[NestedKernel], x: jax.Array) -> jax.Array:
+        for kernel in kernels:
+            x = jnp.tanh(kernel.matmul(x))
+        return x
+
+    memory = jax.jit(chain).lower(kernels, x).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 3 * 4 * kernel.size
+
+
+def test_rows_of_mixed_precision_equal_each_row_alone() -> None:
+    kernel, x, bits = random_kernel(), random_rows(5, 3, 100), [8, 2, 4, 2, 8]
+    mixed = jax.jit(lambda kernel, x, bits: kernel.at(bits).matmul(x))(kernel, x, jnp.asarray(bits))
+    for row, own in enumerate(bits):
+        np.testing.assert_allclose(mixed[row], kernel.at(own).matmul(x[row : row + 1])[0], atol=1e-5)
+
+
+def test_a_row_of_nan_leaves_the_others_alone() -> None:
+    kernel, x = random_kernel(), random_rows(3, 100)
+    product = jax.jit(NestedKernel.matmul)
+    np.testing.assert_array_equal(product(kernel, x.at[0].set(jnp.nan))[1:], product(kernel, x)[1:])
+
+
+def test_a_pinned_kernel_is_always_read_at_eight_bits() -> None:
+    kernel, x = replace(random_kernel(), least=8), random_rows(2, 100)
+    for bits in (2, jnp.asarray([2, 4])):
+        np.testing.assert_array_equal(kernel.at(bits).matmul(x), kernel.at(8).matmul(x))
+    assert kernel.at(2).nbytes == kernel.nbytes
+
+
+@pytest.fixture(params=("gpt2", "llama"), scope="module")
+def model(request: pytest.FixtureRequest) -> Model:
+    return quantised(tiny_model(request.param))
+
+
+def test_bits_reach_every_kernel_and_nothing_else(model: Model) -> None:
+    tokens = jnp.asarray([PROMPTS[0]])
+    assert has_planes(model.network)
+    assert not has_planes(tiny_model("gpt2").network)
+    assert at_bits(tiny_model("gpt2").network, 4).embedding is not None
+    dense = forward(tiny_model(model.config.model_type).network, tokens)
+    errors = [float(jnp.abs(forward(at_bits(model.network, b), tokens) - dense).mean()) for b in BITS]
+    assert errors[0] < errors[1] < errors[2]
+    with pytest.raises(ValueError, match="bits is 3"):
+        at_bits(model.network, 3)
+
+
+def test_fewer_bits_read_fewer_bytes(model: Model) -> None:
+    block = model.network.blocks[0]
+    dense = sum(leaf.nbytes for leaf in weights(block) if not is_nested(leaf))
+    size = sum(leaf.size for leaf in weights(block) if is_nested(leaf))
+    plain = Costs.of(tiny_model(model.config.model_type).network)
+    for bits in BITS:
+        assert plane_bytes(block, bits) == dense + size * bits // 8 + size // 16 * 3
+        assert Costs.of(model.network).layers[0].bytes[bits] == plane_bytes(block, bits)
+    assert Costs.of(model.network).layers[0].flops == plain.layers[0].flops
+
+
+def test_rows_of_a_whole_model_at_their_own_precision(model: Model) -> None:
+    tokens, bits = jnp.asarray([PROMPTS[0]] * 3), [4, 8, 2]
+    mixed = jax.jit(lambda network, bits: forward(at_bits(network, bits), tokens))(model.network, jnp.asarray(bits))
+    for row, own in enumerate(bits):
+        alone = forward(at_bits(model.network, own), tokens[:1])[0]
+        np.testing.assert_allclose(mixed[row], alone, atol=2e-4)
+        np.testing.assert_array_equal(mixed[row].argmax(-1), alone.argmax(-1))
