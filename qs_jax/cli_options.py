@@ -93,10 +93,11 @@ _PRINTING: Added = {
 }
 
 
-def _show_version(asked: bool) -> None:
+def _show_version(asked: bool) -> bool:
     if asked:
         print(f"qs_jax {qs_jax.__version__}")
         raise typer.Exit
+    return asked
 
 
 Version = Annotated[

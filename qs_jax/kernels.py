@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeGuard, TypeVar, runtime_checkable
+from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Kernel(Protocol):
         """Bytes that one product reads."""
         ...
 
-    def at(self, bits: int | Int[Array, " batch"]) -> Self:
+    def at(self, bits: int | Int[Array, " batch"]) -> "Kernel":
         """The same weights read at 8, 4 or 2 bits: for all rows, or for each row of the batch its own."""
         ...
 

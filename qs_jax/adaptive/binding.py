@@ -81,12 +81,12 @@ class BoundPolicy:
 
     @property
     def stages(self) -> tuple[Span, ...]:
-        """Prefill's spans of layers: after each but the last, tokens may halt or fuse, and the rest are gathered."""
+        """Prefill's spans of layers, between which tokens may halt or fuse, and those that go on are gathered."""
         return _spans(self.on_prompt, self.num_layers)
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Decode's spans of layers: each but the first rests when no row needs it."""
+        """Decode's spans of layers, all of which but the first rest when no row needs them."""
         return _spans(self.on_generated, self.num_layers)
 
     def demotes(self, layer: int) -> bool:
