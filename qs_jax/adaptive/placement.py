@@ -1,14 +1,30 @@
 """After which layers a mechanism acts, and with which threshold."""
 
+from typing import Protocol, runtime_checkable
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qs_jax.adaptive.policy import Fusion, Halting
+from qs_jax.adaptive.policy import Thresholds
 from qs_jax.errors import PolicyError
 
 
-def acting_layers(part: Halting | Fusion, name: str, depth: int) -> tuple[int, ...]:
+@runtime_checkable
+class Placed(Protocol):
+    """A part of a policy that acts after some layers, or from a fraction of the depth on, below thresholds."""
+
+    @property
+    def thresholds(self) -> Thresholds: ...
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def step(self) -> int: ...
+
+
+def acting_layers(part: Placed, name: str, depth: int) -> tuple[int, ...]:
     """Layer numbers from 1 to depth - 1: after the last layer there is nothing left to save.
 
     Raises:
@@ -21,9 +37,7 @@ def acting_layers(part: Halting | Fusion, name: str, depth: int) -> tuple[int, .
     return part.layers
 
 
-def threshold_table(
-    part: Halting | Fusion, layers: tuple[int, ...], name: str, depth: int
-) -> Float[Array, " layers_run"]:
+def threshold_table(part: Placed, layers: tuple[int, ...], name: str, depth: int) -> Float[Array, " layers_run"]:
     """The threshold after 0, 1, … `depth` layers: 0, which is neutral, where the mechanism may not act.
 
     Raises:

@@ -24,7 +24,7 @@ KvRuleName = Literal["zero", "drop", "frozen", "affine", "shallow"]
 Distance = Literal["cosine", "l2"]
 PositionRule = Literal["last", "mean", "first"]
 BitsSignalName = Literal["previous_entropy", "entropy", "random"]
-Thresholds1D = float | tuple[float, ...]
+Thresholds = float | tuple[float, ...]
 
 FORMAT = 1
 
@@ -47,7 +47,7 @@ class Halting:
     """
 
     signal: SignalName = "relative_drift"
-    thresholds: Thresholds1D = 0.0
+    thresholds: Thresholds = 0.0
     layers: tuple[int, ...] | None = None
     start: float = 0.5
     step: int = 1
@@ -86,7 +86,7 @@ class Fusion:
     """
 
     distance: Distance = "cosine"
-    thresholds: Thresholds1D = 0.0
+    thresholds: Thresholds = 0.0
     layers: tuple[int, ...] | None = None
     start: float = 0.5
     step: int = 2
