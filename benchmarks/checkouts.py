@@ -1,10 +1,11 @@
 """Two working trees side by side: is the one as fast as the other?
 
-    python -m benchmarks.checkouts ../before . --models reference_models/llama gpt2-124m --rounds 7
+    python -m benchmarks.checkouts ../before . --models reference_models/llama gpt2-124m
 
-Processes of the two trees take turns, each with a compilation cache of its own that its first, uncounted process fills.
-Per model: a decode step, a prompt, tracing and lowering of all programs that a request needs, and the start of a whole
-process. Ratios are of the second tree to the first, round by round; the result names the commits.
+A process of each tree starts in turn, warm: each tree has a compilation cache of its own, which a first, uncounted
+process fills. Then both stay, and requests of 128 + 64 tokens take turns between them, seconds apart. Per model: a
+decode step, a prompt, tracing and lowering of all programs that a request needs, and a start until the first request is
+done. Ratios are of the second tree to the first, pair by pair; the result names the commits.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 from benchmarks.harness import median_ratio, summary, write_result
 
-FIGURES = ("decode_ms_per_step", "prefill_s", "trace_s", "process_s")
+START, REQUEST = ("trace_s", "start_s"), ("decode_ms_per_step", "prefill_s")
 
 WORKER = """
 import json, sys
@@ -30,26 +31,42 @@ def listen(event, duration, **_):
         seconds.append(duration)
 jax.monitoring.register_event_duration_secs_listener(listen)
 from benchmarks.shapes import model_named
-from qs_jax.evaluation.benchmark import benchmark
 from qs_jax.generation import generate
+from qs_jax.loading import _use_compilation_cache
+_use_compilation_cache()
 model = model_named(sys.argv[1])
-seconds.clear()
-generate(model, [[1] * 128], max_new_tokens=65, eos_token_id=[])
-traced = sum(seconds)
-figures = benchmark(model, policy=sys.argv[2], repeats=5)
-print(json.dumps({"trace_s": traced, **{n: figures[n] for n in ("decode_ms_per_step", "prefill_s")}}))
+prompts = [list(range(10, 138))]
+for _ in sys.stdin:
+    seconds.clear()
+    timing = generate(model, prompts, policy=sys.argv[2], max_new_tokens=65, eos_token_id=[]).timing
+    step = 1e3 * timing["decode_s"] / timing["decode_steps"]
+    figures = {"trace_s": sum(seconds), "decode_ms_per_step": step, "prefill_s": timing["prefill_s"]}
+    print(json.dumps(figures), flush=True)
 """
 
 
-def measure(tree: Path, model: str, policy: str, cache: Path) -> dict[str, float]:
-    """One process of a tree, with whatever its working folder imports."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache)}
-    if (Path.cwd() / model).is_dir():
-        model = str(Path.cwd() / model)
-    started = time.perf_counter()
-    command = [sys.executable, "-c", WORKER, model, policy]
-    found = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
-    return {**json.loads(found.stdout), "process_s": time.perf_counter() - started}
+class Worker:
+    """A process of a tree, which imports what lies there."""
+
+    def __init__(self, tree: Path, model: str, policy: str, cache: Path):
+        environment = {**os.environ, "PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache)}
+        place = str(Path.cwd() / model) if (Path.cwd() / model).is_dir() else model
+        started = time.perf_counter()
+        self._process = subprocess.Popen(
+            (sys.executable, "-c", WORKER, place, policy),
+            cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.start = {**self.request(), "start_s": time.perf_counter() - started}
+
+    def request(self) -> dict[str, float]:
+        """One request, timed by the process itself."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.communicate()
 
 
 def commit(tree: Path) -> str:
@@ -60,19 +77,25 @@ def commit(tree: Path) -> str:
     return name.strip() + ("+" if changed else "")
 
 
-def compare(trees: list[Path], model: str, policy: str, rounds: int, caches: Path) -> dict[str, Any]:
+def compare(trees: list[Path], model: str, policy: str, starts: int, turns: int, caches: Path) -> dict[str, Any]:
     """Every figure of both trees, and the ratio of the second to the first."""
-    found: list[list[dict[str, float]]] = [[], []]
-    for turn in range(rounds + 1):
-        for side, tree in enumerate(trees):
-            figures = measure(tree, model, policy, caches / str(side))
-            if turn:
-                found[side].append(figures)
-            print(f"{model}, {policy}, round {turn}, {tree}: {figures}", file=sys.stderr)
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in (*START, *REQUEST)}
+    for start in range(starts + 1):
+        workers = [Worker(tree, model, policy, caches / str(side)) for side, tree in enumerate(trees)]
+        for side, worker in enumerate(workers) if start else ():
+            for name in START:
+                found[name][side].append(worker.start[name])
+        for turn in range(turns if start else 0):
+            for side in (0, 1) if turn % 2 else (1, 0):
+                figures = workers[side].request()
+                for name in REQUEST:
+                    found[name][side].append(figures[name])
+        for worker in workers:
+            worker.end()
+        print(f"{model}, {policy}: start {start} of {starts}", file=sys.stderr)
     result: dict[str, Any] = {}
-    for name in FIGURES:
-        before, after = ([figures[name] for figures in side] for side in found)
-        scale = 1e-3 if name.endswith("ms_per_step") else 1.0  # all in seconds
+    for name, (before, after) in found.items():
+        scale = 1e-3 if name in REQUEST[:1] else 1.0  # all in seconds
         sides = [summary([scale * value for value in side]) for side in (before, after)]
         result[name] = {"before": sides[0], "after": sides[1], "ratio": median_ratio(after, before)}
     return result
@@ -83,13 +106,14 @@ def main() -> None:
     parser.add_argument("trees", nargs=2, type=Path, help="the tree to compare with, and the one in question")
     parser.add_argument("--models", nargs="+", default=["reference_models/llama", "gpt2-124m"])
     parser.add_argument("--policies", nargs="+", default=["off"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--starts", type=int, default=5, help="of both processes")
+    parser.add_argument("--turns", type=int, default=10, help="requests of each process")
     parser.add_argument("--name", default="checkouts", help="of the result file")
     options = parser.parse_args()
     trees = [tree.resolve() for tree in options.trees]
     with tempfile.TemporaryDirectory() as caches:
         results = {
-            f"{Path(model).name}, {policy}": compare(trees, model, policy, options.rounds, Path(caches))
+            f"{Path(model).name}, {policy}": compare(trees, model, policy, options.starts, options.turns, Path(caches))
             for model in options.models
             for policy in options.policies
         }

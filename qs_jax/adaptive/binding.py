@@ -15,8 +15,7 @@ from qs_jax.adaptive.precision import BoundPrecision
 from qs_jax.adaptive.protection import Protection
 from qs_jax.config import ModelConfig
 from qs_jax.errors import PolicyError
-
-_STATIC = {"static": True}
+from qs_jax.pytree import STATIC
 
 Span = tuple[int, int]
 """Layers from the first number to below the second, which run or rest together."""
@@ -60,9 +59,9 @@ class BoundPolicy:
     fusion: BoundFusion | None
     precision: BoundPrecision | None
     protection: Protection
-    kv_rule: KvRule = field(metadata=_STATIC)
-    shortlist: int = field(metadata=_STATIC)
-    num_layers: int = field(metadata=_STATIC)
+    kv_rule: KvRule = field(metadata=STATIC)
+    shortlist: int = field(metadata=STATIC)
+    num_layers: int = field(metadata=STATIC)
 
     @property
     def on_prompt(self) -> tuple[Mechanism, ...]:

@@ -11,11 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.adaptive.placement import acting_layers, threshold_table
 from qs_jax.adaptive.policy import Distance, Fusion, PositionRule
 from qs_jax.adaptive.signals import COMPARISON_FLOPS, angle, raw_drift
+from qs_jax.pytree import STATIC
 
 Hidden = Float[Array, "batch tokens hidden"]
 PerToken = Bool[Array, "batch tokens"]
-
-_STATIC = {"static": True}
 
 
 class Fused(NamedTuple):
@@ -37,10 +36,10 @@ class BoundFusion:
     """
 
     thresholds: Float[Array, " layers_run"]
-    distance: Distance = field(metadata=_STATIC)
-    layers: tuple[int, ...] = field(metadata=_STATIC)
-    position: PositionRule = field(metadata=_STATIC)
-    size_bias: bool = field(metadata=_STATIC)
+    distance: Distance = field(metadata=STATIC)
+    layers: tuple[int, ...] = field(metadata=STATIC)
+    position: PositionRule = field(metadata=STATIC)
+    size_bias: bool = field(metadata=STATIC)
 
     @classmethod
     def bind(cls, fusion: Fusion, depth: int) -> "BoundFusion":

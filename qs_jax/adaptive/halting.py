@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float
 from qs_jax.adaptive.placement import acting_layers, threshold_table
 from qs_jax.adaptive.policy import Halting, SignalName
 from qs_jax.adaptive.signals import SIGNALS, Evidence, Value
-
-_STATIC = {"static": True}
+from qs_jax.pytree import STATIC
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +28,9 @@ class BoundHalting:
 
     thresholds: Float[Array, " layers_run"]
     entropy_below: Float[Array, ""]
-    signal: SignalName = field(metadata=_STATIC)
-    gate: SignalName | None = field(metadata=_STATIC)
-    layers: tuple[int, ...] = field(metadata=_STATIC)
+    signal: SignalName = field(metadata=STATIC)
+    gate: SignalName | None = field(metadata=STATIC)
+    layers: tuple[int, ...] = field(metadata=STATIC)
 
     @classmethod
     def bind(cls, halting: Halting, name: str, depth: int) -> "BoundHalting":

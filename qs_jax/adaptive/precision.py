@@ -10,8 +10,7 @@ from qs_jax.adaptive.policy import Precision, SignalName
 from qs_jax.adaptive.signals import SIGNALS, Evidence
 from qs_jax.choices import BITS, FULL
 from qs_jax.errors import PolicyError
-
-_STATIC = {"static": True}
+from qs_jax.pytree import STATIC
 
 
 @jax.tree_util.register_dataclass
@@ -24,9 +23,9 @@ class BoundPrecision:
 
     two_below: Float[Array, ""]
     four_below: Float[Array, ""]
-    signal: SignalName = field(metadata=_STATIC)
-    layer: int = field(metadata=_STATIC)
-    pinned: tuple[int, ...] = field(metadata=_STATIC)
+    signal: SignalName = field(metadata=STATIC)
+    layer: int = field(metadata=STATIC)
+    pinned: tuple[int, ...] = field(metadata=STATIC)
 
     @classmethod
     def bind(cls, precision: Precision, depth: int) -> "BoundPrecision":

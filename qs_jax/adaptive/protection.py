@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.policy import Policy
+from qs_jax.pytree import STATIC
 from qs_jax.token_set import is_in, token_set
 
 
@@ -16,8 +17,8 @@ class Protection:
     """The first and last tokens of a prompt, and special ones."""
 
     special_ids: Int[Array, " slots"]
-    first: int = field(metadata={"static": True})
-    last: int = field(metadata={"static": True})
+    first: int = field(metadata=STATIC)
+    last: int = field(metadata=STATIC)
 
     @classmethod
     def bind(cls, policy: Policy, special_ids: Sequence[int]) -> "Protection":

@@ -13,12 +13,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.ledger import Work
 from qs_jax.adaptive.signals import entropy_bits
-from qs_jax.cache import Cache, append
+from qs_jax.cache import Cache, LayerCache, append
+from qs_jax.choices import BITS
 from qs_jax.config import ModelConfig
 from qs_jax.engine.descent import Context, NewSlots, descend
 from qs_jax.engine.sampling import Sampling, log_normaliser, next_tokens
 from qs_jax.errors import require
 from qs_jax.models.base import CausalLM
+from qs_jax.pytree import STATIC
 from qs_jax.token_set import is_in
 
 
@@ -80,7 +82,7 @@ class Controls:
     sampling: Sampling
     eos: Int[Array, " slots"]
     policy: BoundPolicy
-    keep_logits: bool = field(default=False, metadata={"static": True})
+    keep_logits: bool = field(default=False, metadata=STATIC)
 
 
 class Spent(NamedTuple):
@@ -186,12 +188,27 @@ def forward(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], c
 
 def _unless_done(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
     """`forward`, or zeros in its place where every row is done."""
+    return jax.lax.cond(state.done.all(), _idle, forward, model, state, forced, controls)
 
-    def idle(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
-        shapes = jax.eval_shape(forward, model, state, forced, controls)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    return jax.lax.cond(state.done.all(), idle, forward, model, state, forced, controls)
+def _idle(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
+    """What `forward` would return, as zeros. Written out: to ask for its shapes would trace the model once more."""
+    batch, spans = state.tokens.shape[0], len(controls.policy.spans)
+    none, nothing = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
+    logits = jnp.zeros((batch, model.config.vocab_size if controls.keep_logits else 0), jnp.float32)
+
+    def unwritten(layer: LayerCache) -> NewSlots:
+        _, kv_heads, _, head_dim = layer.keys.shape
+        empty = jnp.zeros((batch, 1, kv_heads, head_dim), layer.keys.dtype)
+        return NewSlots(empty, empty, jnp.zeros((batch, 1), bool))
+
+    precisions = jnp.zeros((spans, len(BITS)), bool)
+    return Step(
+        chosen=Chosen(none, nothing, jnp.zeros(batch, bool), none, none, nothing, logits),
+        entropy=nothing,
+        new_slots=tuple(map(unwritten, state.cache)),
+        work=Work(jnp.zeros(spans, jnp.int32), precisions, precisions, jnp.zeros(spans, jnp.int32)),
+    )
 
 
 def decode_step(

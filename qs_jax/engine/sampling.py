@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-Scalar = Float[Array, "*#batch"]
+from qs_jax.pytree import STATIC
 
-_STATIC = {"static": True}
+Scalar = Float[Array, "*#batch"]
 
 _BLOCK = 512
 """Entries of the vocabulary that are reduced at once."""
@@ -30,8 +30,8 @@ class Sampling:
     top_p: Scalar
     min_p: Scalar
     repetition_penalty: Scalar
-    do_sample: bool = field(default=False, metadata=_STATIC)
-    penalise: bool = field(default=False, metadata=_STATIC)
+    do_sample: bool = field(default=False, metadata=STATIC)
+    penalise: bool = field(default=False, metadata=STATIC)
 
     @classmethod
     def of(

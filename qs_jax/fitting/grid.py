@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int8, UInt8
 from qs_jax.choices import BITS, CODEBOOK_NAMES
 from qs_jax.matryoshka.kernel import SCALE_DTYPE
 from qs_jax.matryoshka.slices import bent, straightened
+from qs_jax.pytree import STATIC
 
 SliceWeights = tuple[float, float, float]
 """What the squared error counts at each of BITS."""
@@ -49,7 +50,7 @@ class Grid:
 
     scales: Float[Array, "slices groups outputs"]
     offsets: Float[Array, "slices groups outputs"]
-    bend: Bend = field(default=EVEN, metadata={"static": True})
+    bend: Bend = field(default=EVEN, metadata=STATIC)
 
 
 def stored_offsets(grid: Grid) -> Int8[Array, "slices groups outputs"]:

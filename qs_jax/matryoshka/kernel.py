@@ -13,12 +13,11 @@ from qs_jax.choices import BITS, FULL
 from qs_jax.matryoshka.codec import BLOCK, Planes, pack
 from qs_jax.matryoshka.product import multiply
 from qs_jax.matryoshka.slices import Slice
+from qs_jax.pytree import STATIC
 
 SCALE_DTYPE = jnp.bfloat16
 
 _FLOAT32 = jnp.dtype("float32")
-
-_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +44,12 @@ class NestedKernel:
     low: UInt16[Array, "groups twice_blocks outputs"]
     scales: BFloat16[Array, "slices groups outputs"]
     offsets: Int8[Array, "slices groups outputs"]
-    shape: tuple[int, int] = field(metadata=_STATIC)
-    group_size: int = field(metadata=_STATIC)
-    bend: tuple[float, ...] = field(default=(0.0, 0.0, 0.0), metadata=_STATIC)
-    dtype: jnp.dtype = field(default=_FLOAT32, metadata=_STATIC)
-    least: int = field(default=2, metadata=_STATIC)
-    bits: int = field(default=FULL, metadata=_STATIC)
+    shape: tuple[int, int] = field(metadata=STATIC)
+    group_size: int = field(metadata=STATIC)
+    bend: tuple[float, ...] = field(default=(0.0, 0.0, 0.0), metadata=STATIC)
+    dtype: jnp.dtype = field(default=_FLOAT32, metadata=STATIC)
+    least: int = field(default=2, metadata=STATIC)
+    bits: int = field(default=FULL, metadata=STATIC)
     row_bits: Int[Array, " batch"] | None = None
 
     @property

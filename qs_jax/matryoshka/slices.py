@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int8, UInt8
 
 from qs_jax.matryoshka.codec import BLOCK, Planes, unpack
-
-_STATIC = {"static": True}
+from qs_jax.pytree import STATIC
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +19,8 @@ class Slice:
     planes: Planes
     scale: BFloat16[Array, "groups outputs"]
     offset: Int8[Array, "groups outputs"]
-    bits: int = field(metadata=_STATIC)
-    bend: float = field(metadata=_STATIC)
+    bits: int = field(metadata=STATIC)
+    bend: float = field(metadata=STATIC)
 
     @property
     def groups(self) -> int:
