@@ -38,6 +38,20 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 20_000
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drop compiled programs between files when there are many: each maps memory, in pieces of which Linux grants a
+    process 65,530, and XLA crashes when it is refused one."""
+    if nextitem is not None and item.path != nextitem.path and _MAPS.exists():
+        with _MAPS.open() as maps:
+            many = sum(1 for _ in maps) > _MOST_MAPS
+        if many:
+            jax.clear_caches()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Here and not beside the hostile suites: under xdist the process that prints loads no other conftest."""
     if line := counting.summary(terminalreporter):
