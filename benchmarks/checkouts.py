@@ -32,8 +32,6 @@ def listen(event, duration, **_):
 jax.monitoring.register_event_duration_secs_listener(listen)
 from benchmarks.shapes import model_named
 from qs_jax.generation import generate
-from qs_jax.loading import _use_compilation_cache
-_use_compilation_cache()
 model = model_named(sys.argv[1])
 prompts = [list(range(10, 138))]
 for _ in sys.stdin:
@@ -49,7 +47,7 @@ class Worker:
     """A process of a tree, which imports what lies there."""
 
     def __init__(self, tree: Path, model: str, policy: str, cache: Path):
-        environment = {**os.environ, "PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache)}
+        environment = {**os.environ, "PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": str(cache)}
         place = str(Path.cwd() / model) if (Path.cwd() / model).is_dir() else model
         started = time.perf_counter()
         self._process = subprocess.Popen(

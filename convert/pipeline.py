@@ -16,7 +16,7 @@ from convert.quantize import QuantizeOptions, Quantizer
 from convert.source import Source, locate
 from convert.verify import verify as compared
 from qs_jax.checkpoint import replacing, write_manifest, write_part
-from qs_jax.choices import DTYPES, SCHEMES
+from qs_jax.choices import DTYPES, SCHEMES, not_among
 from qs_jax.errors import CheckpointError, ConfigError
 from qs_jax.lens import LENS_FILE
 from qs_jax.progress import Advance, unseen
@@ -126,9 +126,9 @@ def convert(
         >>> qs_jax.convert("path/to/model", "model", quantize="matryoshka", calibration_text="train.txt").notes
     """
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise ConfigError(not_among("dtype", dtype, DTYPES))
     if quantize not in (None, *SCHEMES):
-        raise ConfigError(f"quantize is {quantize!r}, expected one of {', '.join(SCHEMES)}")
+        raise ConfigError(not_among("quantize", quantize, SCHEMES))
     shaped = {"method": method, "group_size": group_size, "exclude": exclude, "pin": pin, "codebook": codebook}
     options = QuantizeOptions.of(**shaped, text=calibration_text is not None) if quantize is not None else None
     name, target = str(source), Path(target)

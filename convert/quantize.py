@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.defaults import CODEBOOK, EXCLUDE, GROUP_SIZE
-from qs_jax.choices import BITS, METHODS
+from qs_jax.choices import BITS, METHODS, not_among
 from qs_jax.errors import ConfigError
 from qs_jax.fitting.grid import CODEBOOKS
 from qs_jax.fitting.rounding import relative_errors, round_to_nearest
@@ -60,14 +60,14 @@ class QuantizeOptions:
         """
         method = method or (METHODS[-1] if text else METHODS[0])
         if method not in METHODS:
-            raise ConfigError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
+            raise ConfigError(not_among("--method", method, METHODS))
         if text != (method != METHODS[0]):
             advice = "takes no --calibration-text" if text else "needs --calibration-text"
             raise ConfigError(f"--method {method} {advice}")
         if group_size < BLOCK or group_size % BLOCK:
             raise ConfigError(f"--group-size is {group_size}, expected a multiple of {BLOCK}")
         if codebook not in CODEBOOKS:
-            raise ConfigError(f"--codebook is {codebook!r}, expected one of {', '.join(CODEBOOKS)}")
+            raise ConfigError(not_among("--codebook", codebook, CODEBOOKS))
         patterns = _pattern("--exclude", exclude), _pattern("--pin", pin) if pin else _NEVER
         return cls(method, group_size, *patterns, codebook)
 

@@ -1,6 +1,7 @@
 """What people choose among, and what counts as a number. Imports nothing heavy: the command line shows these."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 BITS = (8, 4, 2)
@@ -23,6 +24,11 @@ SCHEMES = ("matryoshka",)
 
 DOCUMENTS = ":"
 """Which documents of a text, as a slice, where nobody says: all of them."""
+
+
+def not_among(name: str, value: Any, values: Iterable[Any]) -> str:
+    """What to say of a value that is none of those to choose among."""
+    return f"{name} is {value!r}, expected one of {', '.join(map(str, values))}"
 
 
 def is_whole(value: Any, least: int | None = None) -> bool:

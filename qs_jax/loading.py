@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from convert.reading import read_network
 from convert.source import locate
-from qs_jax.choices import DTYPES
+from qs_jax.choices import DTYPES, not_among
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
 from qs_jax.generation_defaults import read_generation_defaults
@@ -44,7 +44,7 @@ def load(
         ConfigError: the architecture or an option is not supported, or the dtype unknown.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise ConfigError(not_among("dtype", dtype, DTYPES))
     chosen = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     folder = locate(str(path_or_id), revision)
     if compilation_cache:

@@ -50,7 +50,7 @@ class KvRule:
 
     def bits(self, bits: Int[Array, " batch"], halted: Bool[Array, " batch"]) -> Int[Array, " batch"]:
         """At how many bits rows read, given what the precision ladder says."""
-        return bits
+        return bits if self.resting_bits is None else jnp.where(halted, jnp.minimum(bits, self.resting_bits), bits)
 
     @property
     def resting_bits(self) -> int | None:
@@ -134,9 +134,6 @@ class Shallow(KvRule):
 
     def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
         return block.kv(hidden_states, positions)
-
-    def bits(self, bits: Int[Array, " batch"], halted: Bool[Array, " batch"]) -> Int[Array, " batch"]:
-        return jnp.where(halted, jnp.minimum(bits, self.at_most), bits)
 
     @property
     def resting_bits(self) -> int | None:

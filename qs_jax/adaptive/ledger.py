@@ -106,10 +106,14 @@ class Ledger:
         return flops, read
 
     def _count_decision(self, part: StagePass) -> None:
-        deciding, places = _deciding(self.policy.on_prompt, part.stop), part.rows * part.tokens
-        self._control(places * sum(mechanism.flops(self.costs.hidden_size) for mechanism in deciding))
-        if any(mechanism.probes for mechanism in deciding):
+        mechanisms, places = self.policy.on_prompt, part.rows * part.tokens
+        self._control(places * self._decision_flops(mechanisms, part.stop))
+        if any(mechanism.probes for mechanism in mechanisms if part.stop in mechanism.layers):
             self._probe(places)
+
+    def _decision_flops(self, mechanisms: Iterable[Mechanism], layer: int) -> int:
+        """What deciding about one token costs after a layer, the probe apart."""
+        return sum(mechanism.flops(self.costs.hidden_size) for mechanism in mechanisms if layer in mechanism.layers)
 
     def _control(self, flops: int) -> None:
         """Count what deciding costs."""
@@ -130,12 +134,12 @@ class Ledger:
             slots: capacity of each layer's cache, all of which attention looks at.
             twin_slots: the same for the dense twin, equal in all layers.
         """
-        costs = self.costs
+        costs, spans = self.costs, self.policy.spans
+        decisions = [self._decision_flops(self.policy.on_generated, stop) for _, stop in spans]
         for step in range(steps):
-            for index, (start, stop) in enumerate(self.policy.spans):
+            for index, (start, stop) in enumerate(spans):
                 self._span(work, step, index, rows, range(start, stop), slots)
-                deciding = _deciding(self.policy.on_generated, stop)
-                self._control(rows * sum(mechanism.flops(costs.hidden_size) for mechanism in deciding))
+                self._control(rows * decisions[index])
                 if work.rows_probed[step, index]:
                     self._probe(int(work.rows_probed[step, index]))
         self.add_output_entropy(steps * rows)
@@ -226,10 +230,6 @@ class Ledger:
             return float(self.costs.weight_bits)
         adapts = self.policy.adapts_bits and self.decode_layers
         return self.decode_bits / self.decode_layers if adapts else float(self.bits)
-
-
-def _deciding(mechanisms: Iterable[Mechanism], layer: int) -> list[Mechanism]:
-    return [mechanism for mechanism in mechanisms if layer in mechanism.layers]
 
 
 def _reduction(run: int, twin: int) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qs_jax.adaptive.policy import KvRuleName, Policy, StateSignalName
-from qs_jax.choices import BITS, DOCUMENTS
+from qs_jax.choices import BITS, DOCUMENTS, not_among
 from qs_jax.corpus import Corpus, Text
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation import lens as fitting
@@ -179,7 +179,7 @@ def evaluate(
     """
     chosen, plan = Policy.of(policy), Plan(prefix, window, max_tokens, batch)
     if bits not in (None, *BITS):
-        raise EvaluationError(f"bits is {bits!r}, expected one of {', '.join(map(str, BITS))}")
+        raise EvaluationError(not_among("bits", bits, BITS))
     if calibration_text is not None and not ablate:
         raise EvaluationError("calibration_text is for ablate; calibrate makes a policy to score")
     other = None if calibration_text is None else Corpus.of(calibration_text, calibration_documents)
@@ -244,7 +244,7 @@ def calibrate(
     """
     target = None if out is None else free_target(Path(out), overwrite=overwrite)
     if signal not in get_args(StateSignalName):
-        raise EvaluationError(f"signal is {signal!r}, expected one of {', '.join(get_args(StateSignalName))}")
+        raise EvaluationError(not_among("signal", signal, get_args(StateSignalName)))
     goal, plan = Goal(max_ppl_increase, confidence), Plan(prefix, window, max_tokens, batch)
     corpus = Corpus.of(text, documents)
     windows = cut(model, corpus.documents, plan)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, Int8, UInt8, UInt16
 
-from qs_jax.choices import BITS, FULL
+from qs_jax.choices import BITS, FULL, not_among
 from qs_jax.matryoshka.codec import BLOCK, Planes, pack
 from qs_jax.matryoshka.product import multiply
 from qs_jax.matryoshka.slices import Slice
@@ -83,7 +83,7 @@ class NestedKernel:
             bits = self.least
         if isinstance(bits, int):
             if bits not in BITS:
-                raise ValueError(f"bits is {bits}, expected one of {', '.join(map(str, BITS))}")
+                raise ValueError(not_among("bits", bits, BITS))
             return replace(self, bits=max(bits, self.least), row_bits=None)
         return replace(self, bits=FULL, row_bits=jnp.maximum(bits, self.least))
 
