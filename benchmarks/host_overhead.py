@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import interleaved, summary, write_result
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import NAMES, SHAPES, model_named, random_model
 from benchmarks.speed import same_prompts
 from qs_jax.generation import generate, stream
 
@@ -31,10 +31,12 @@ def host_seconds_per_chunk(by_32: float, by_8: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2-124m", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="two rounds on two layers, nothing written")
     arguments = parser.parse_args()
-    layers, rounds = (2, 2) if arguments.quick else (12, 7)
-    model = random_model({**SHAPES["gpt2-124m"], "n_layer": layers}, "GPT-2 124M")
+    rounds = 2 if arguments.quick else 7
+    small = {**SHAPES["gpt2-124m"], "n_layer": 2}
+    model = random_model(small, "two layers") if arguments.quick else model_named(arguments.model)
     prompts = same_prompts(model, 1, 32)
     calls: dict[str, Callable[..., Any]] = {
         "generate": lambda n: generate(model, prompts, max_new_tokens=n, eos_token_id=[]),

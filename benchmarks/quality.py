@@ -1,16 +1,18 @@
 """What do the mechanisms save on real text, at what quality? Calibrated on some documents, judged on others.
 
-    python -m benchmarks.quality stories3M         # writes benchmarks/results/quality_stories3M.json
-    python -m benchmarks.quality llama --ship      # the same, and reference_models/llama/policy.json
+    python -m benchmarks.quality smollm2           # writes benchmarks/results/quality_smollm2.json
+    python -m benchmarks.quality smollm2-planes    # the same with its weights in nested codes: precision acts too
+    python -m benchmarks.quality llama --ship      # the same of a small model, and reference_models/llama/policy.json
     python -m benchmarks.quality llama --html llama.html     # the same, and a page to look at
     python -m benchmarks.quality llama --quick     # a few windows, nothing written
     python -m benchmarks.quality llama --table     # the stored result as Markdown, nothing run
-    python -m benchmarks.quality --report          # the tables of docs/results.md, from the results there are
+    python -m benchmarks.quality --report          # the tables of docs/results.md and README, from the results
 
-One run gives all of it: the lens, calibration at four budgets, the 2^4 combinations, the baselines at equal work, the
-oracle, free running, and the policy for +0.2 on further text it was not calibrated on; then the same with every token
-scored and no prefix, the paper's protocol. The lens, calibration and the judged text share no document. `qs-jax report`
-shows the file.
+One run gives all of it: the lens, calibration at four budgets, the 2^4 combinations, the presets, the baselines at
+equal work, the oracle, free running, the policy for +0.2 on further text it was not calibrated on, and what bfloat16
+adds of its own; then the same with every token scored and no prefix, the paper's protocol. The lens, calibration and
+the judged texts share no document. The real model is judged on four texts. `qs-jax report` shows the file. Products
+are taken in full float32 also where a device would by default round their inputs.
 
 Predictions, before the first run: (1) a prompt that stops one layer early is free, since the last layer's keys and
 values do not need that layer; (2) a uniform stop with frozen keys and values is hard to beat, per-token choices add a
@@ -20,6 +22,12 @@ simulation on 16 windows of the Llama model (stop after 7 layers: +0.34 frozen, 
 (after 4 of 6: +0.13 and +0.08): (6) with a lens the prompt of the reference models may stop twice as early within +0.2,
 beyond 39.6 % of FLOPs; (7) on the shallow, well-trained stories3M it gains one layer at most. Before the first run in
 the paper's protocol: (8) nothing beyond 2 % is saved within +0.2 there, as the prompt is all that may stop early.
+
+Before the first run on SmolLM2, after a simulation on 32 windows (docs/results.md): (9) calibration for +0.2 saves
+between 8 and 15 % of FLOPs, all of it by a uniform stop of the prompt with the lens; 39.6 % costs more than +5;
+(10) `paper` costs more than +10 and saves less than 10 %; (11) combinations of mechanisms add their costs, and none is
+within +0.2; (12) in percent of perplexity the four texts agree within a factor of two, stories least; (13) in the
+paper's protocol nothing is saved within +0.2; (14) bfloat16 alone adds less than 0.5 % of perplexity.
 Outcome: docs/results.md.
 """
 
@@ -31,61 +39,90 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import jax
+
+from benchmarks import real_model
 from benchmarks.harness import RESULTS, write_result
 from benchmarks.quality_report import table, write_report
 from convert.pipeline import convert
 from qs_jax.adaptive.policy import Policy
-from qs_jax.console import progress
+from qs_jax.console import progress, reporting_errors
 from qs_jax.corpus import read_documents
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET
 from qs_jax.evaluation.lens import fit_lens
 from qs_jax.evaluation.perplexity import evaluate
 from qs_jax.evaluation.report import render
-from qs_jax.evaluation.study import study
+from qs_jax.evaluation.scoring import score_alone
+from qs_jax.evaluation.statistics import summary
+from qs_jax.evaluation.study import calibrated_on, study
 from qs_jax.evaluation.windows import Plan, cut, whole
 from qs_jax.files import write_whole
 from qs_jax.lens import LENS_FILE, Lens, with_lens
 from qs_jax.loading import load
 from qs_jax.model import Model
+from qs_jax.request import bind_policy
 from reference_models.data import text_folder
 
-STORIES = "tinystories_train_first1000.json"
+STORIES, WIKITEXT, C4 = "tinystories_train_first1000.json", "wikitext103-test.raw.txt", "c4-sample.jsonl"
+WIKITEXT_TRAIN, NOVELS = "wikitext_train_1000_passages.json", "novels.txt.xz"
 FURTHER_TOKENS = 1024
 LENS_TOKENS = 32768
 PLANES_TOKENS = 8192
 EVERY_TOKEN = Plan(prefix=0, window=128)
 """The paper's protocol, in windows that every model's context holds and of which there are enough to calibrate on."""
+_ROUNDED = ("perplexity", "perplexity_off", "perplexity_increase", "perplexity_increase_interval")
 _PASSES = 400
-"""About how many one protocol takes, for the progress bar."""
+"""About how many one protocol takes on one text, for the progress bar."""
+
+Part = tuple[str, str]
+"""A file of the text folder, and which of its documents."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model and its texts: (file, documents). Reference models were trained on all stories but the last 100.
+    """A model (a folder, or `smollm2`) and its texts. Reference models were trained on all stories but the last 100.
 
-    With `planes` the weights are first quantised (gptq, on the lens's text), so that precision can adapt as well.
+    Every one of `texts` is judged in full, the first on `scored_tokens`; of `further` only the policy for +0.2. With
+    `planes` the weights are first quantised (gptq, on the lens's text), so that precision can adapt as well.
     """
 
-    model: Path
-    lens: tuple[str, str]
-    calibration: tuple[str, str]
-    text: tuple[str, str]
-    further: tuple[tuple[str, str], ...] = ()
+    model: Path | str
+    lens: tuple[Part, ...]
+    calibration: tuple[Part, ...]
+    texts: tuple[Part, ...]
+    further: tuple[Part, ...] = ()
     planes: bool = False
+    scored_tokens: int = Plan().max_tokens
+    calibration_tokens: int = 4096
 
 
 def studies() -> dict[str, Study]:
     """The models there are; those that do not belong to the repository lie beside the texts."""
     ours, theirs = Path(__file__).parents[1] / "reference_models", text_folder().parent / "models"
-    further = (("c4-sample.jsonl", "-100:"), ("wikitext103-test.raw.txt", ":"))
-    stories = (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "600:")
+    further = ((C4, "-100:"), (WIKITEXT, ":"))
+    stories = ((STORIES, ":300"),), ((STORIES, "300:600"),)
+    real = Study(
+        model=real_model.NAME,
+        lens=((WIKITEXT_TRAIN, ":500"), (C4, ":300")),
+        calibration=((WIKITEXT_TRAIN, "500:"), (C4, "300:600")),
+        texts=((WIKITEXT, ":"), (C4, "600:"), (NOVELS, "-3:"), (STORIES, "600:")),
+        scored_tokens=5120,
+        calibration_tokens=6144,
+    )
     return {
-        "stories3M-planes": Study(theirs / "stories3M", *stories, planes=True),
-        "stories3M": Study(theirs / "stories3M", *stories),
-        "babyllama105": Study(theirs / "babyllama105", (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "900:")),
-        "gpt2": Study(ours / "gpt2", (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "-100:"), further),
-        "llama": Study(ours / "llama", (STORIES, ":300"), (STORIES, "300:600"), (STORIES, "-100:"), further),
+        real_model.NAME: real,
+        f"{real_model.NAME}-planes": replace(real, texts=real.texts[:2], planes=True),
+        "stories3M-planes": Study(theirs / "stories3M", *stories, ((STORIES, "600:"),), planes=True),
+        "stories3M": Study(theirs / "stories3M", *stories, ((STORIES, "600:"),)),
+        "babyllama105": Study(theirs / "babyllama105", *stories, ((STORIES, "900:"),)),
+        "gpt2": Study(ours / "gpt2", *stories, ((STORIES, "-100:"),), further),
+        "llama": Study(ours / "llama", *stories, ((STORIES, "-100:"),), further),
     }
+
+
+def documents_of(parts: tuple[Part, ...]) -> list[str]:
+    """The documents of several files, one after the other."""
+    return [document for file, which in parts for document in read_documents(text_folder() / file, which)]
 
 
 def quantised(folder: Path, documents: list[str], target: Path) -> Path:
@@ -101,84 +138,140 @@ def quantised(folder: Path, documents: list[str], target: Path) -> Path:
     return target
 
 
-def run(name: str, chosen: Study, plan: Plan, calibration_tokens: int) -> tuple[dict[str, Any], Lens]:
-    """The whole study of a model, and the lens it was made with."""
-    parts = {"lens": chosen.lens, "calibration": chosen.calibration, "text": chosen.text}
-    documents = {part: read_documents(text_folder() / file, which) for part, (file, which) in parts.items()}
-    with TemporaryDirectory() as temporary:
-        folder = (
-            quantised(chosen.model, documents["lens"], Path(temporary) / "planes") if chosen.planes else chosen.model
-        )
-        model = load(folder)
-    fit = fit_lens(model, whole(model, documents["lens"], LENS_TOKENS))
-    model = replace(model, network=with_lens(model.network, fit.lens))
-    result = _judged(name, model, documents, plan, calibration_tokens, free_runs=8)
+@dataclass(frozen=True)
+class Subject:
+    """A study's model with its lens, in float32 and in bfloat16, and how well the lens fits."""
+
+    name: str
+    model: Model
+    narrow: Model
+    lens: Lens
+    explained: list[float]
+
+    @classmethod
+    def of(cls, name: str, chosen: Study) -> "Subject":
+        """Loaded, quantised if the study says so, and a lens fitted."""
+        source = real_model.place(chosen.model)
+        with TemporaryDirectory() as temporary:
+            made = Path(temporary) / "planes"
+            folder = quantised(source, documents_of(chosen.lens), made) if chosen.planes else source
+            model, narrow = (load(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
+        fit = fit_lens(model, whole(model, documents_of(chosen.lens), LENS_TOKENS))
+        model, narrow = (replace(one, network=with_lens(one.network, fit.lens)) for one in (model, narrow))
+        return cls(name, model, narrow, fit.lens, fit.explained)
+
+
+def with_prefix(subject: Subject, chosen: Study, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
+    """The protocol with an unscored prefix, and what is measured in it alone."""
+    result = _judged(subject.name, subject.model, chosen, plan, calibration_tokens, free_runs=8)
     policy = Policy.from_json(result["policy"])
+    result["bfloat16"] = {part[0]: rounding(subject, part, policy, plan) for part in chosen.texts}
     further = {}
-    for file, which in chosen.further:
-        less = Plan(plan.prefix, plan.window, min(FURTHER_TOKENS, plan.max_tokens), plan.batch)
-        windows = cut(model, read_documents(text_folder() / file, which), less)
-        found = evaluate(model, windows, policy, less)
-        further[file] = {**found, "model": name, "samples": [], "logprobs": []}
+    for part in chosen.further:
+        less = replace(plan, max_tokens=min(FURTHER_TOKENS, plan.max_tokens))
+        found = evaluate(subject.model, cut(subject.model, documents_of((part,)), less), policy, less)
+        further[part[0]] = {**found, "model": subject.name, "samples": [], "logprobs": []}
+    return {**result, "lens_explained": subject.explained, "further": further}
+
+
+def every_token(subject: Subject, chosen: Study, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
+    """The paper's protocol: every token scored."""
     plain = replace(EVERY_TOKEN, max_tokens=plan.max_tokens)
-    every_token = _judged(f"{name}, every token scored", model, documents, plain, calibration_tokens, free_runs=0)
-    result |= {"text": chosen.text[0], "lens_explained": fit.explained, "further": further}
-    return {**result, "every_token": {**every_token, "text": chosen.text[0]}}, fit.lens
+    name = f"{subject.name}, every token scored"
+    return {"every_token": _judged(name, subject.model, chosen, plain, calibration_tokens, free_runs=0)}
+
+
+PROTOCOLS = {"prefix": with_prefix, "every": every_token}
 
 
 def _judged(
-    name: str, model: Model, documents: dict[str, list[str]], plan: Plan, calibration_tokens: int, *, free_runs: int
+    name: str, model: Model, chosen: Study, plan: Plan, calibration_tokens: int, *, free_runs: int
 ) -> dict[str, Any]:
-    """All that `qs-jax eval --ablate` reports, in one protocol."""
-    with progress(name, _PASSES) as advance:
-        result = study(
+    """All that `qs-jax eval --ablate` reports of the first text, in one protocol; under `texts` of the others, of which
+    half as much is scored."""
+    half = replace(plan, max_tokens=plan.max_tokens // 2)
+    plans = {part[0]: half if number else plan for number, part in enumerate(chosen.texts)}
+    windows = {part[0]: cut(model, documents_of((part,)), plans[part[0]]) for part in chosen.texts}
+    with progress(name, _PASSES * len(windows)) as advance:
+        found = calibrated_on(
             model,
-            cut(model, documents["text"], plan),
-            Policy.off(),
+            documents_of(chosen.calibration),
             plan,
-            ablated=True,
-            calibration=(documents["calibration"], calibration_tokens),
-            free_runs=free_runs,
+            calibration_tokens,
+            judged=[window for part in windows.values() for window in part],
             target=RESULTS / f"quality_{name}.json",
             advance=advance,
         )
-    return {**result, "model": name, "logprobs": []}
+        texts = {}
+        for file, part in windows.items():
+            runs = free_runs if not texts else 0
+            judged = study(model, part, Policy.off(), plan, ablated=True, found=found, free_runs=runs, advance=advance)
+            texts[file] = {**judged, "model": name, "text": file, "logprobs": []}
+    first, *others = texts
+    return {**texts[first], "texts": {file: {**texts[file], "samples": []} for file in others}}
+
+
+def rounding(subject: Subject, part: Part, policy: Policy, plan: Plan) -> dict[str, Any]:
+    """What bfloat16 does to perplexity: the dense model and the policy in it, both beside the dense float32 model."""
+    model, narrow = subject.model, subject.narrow
+    windows = cut(model, documents_of((part,)), replace(plan, max_tokens=plan.max_tokens // 2))
+    size = sum(window.scored_bytes for window in windows)
+    exact = score_alone(model, windows, bind_policy(model, Policy.off()), batch=plan.batch)
+    found = {}
+    for name, judged in {"dense": Policy.off(), "policy": policy}.items():
+        scores = score_alone(narrow, windows, bind_policy(narrow, judged), batch=plan.batch)
+        found[name] = {key: summary(scores, exact, size)[key] for key in _ROUNDED}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=sorted(studies()))
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="only this one; the other stays in the file")
     parser.add_argument("--ship", action="store_true", help="write policy.json and the lens beside the model")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report of both protocols there as well")
     parser.add_argument("--quick", action="store_true", help="a few windows, nothing written")
-    parser.add_argument("--table", action="store_true", help="print the stored result, run nothing")
+    parser.add_argument("--table", action="store_true", help="print the stored result as Markdown, run nothing")
     parser.add_argument("--report", action="store_true", help="write the tables of docs/results.md, run nothing")
     arguments = parser.parse_args()
     if arguments.report:
         write_report({name: RESULTS / f"quality_{name}.json" for name in studies()})
-        return
-    if arguments.model is None:
+    elif arguments.model is None:
         parser.error("say which model, or --report")
-    if arguments.table:
+    elif arguments.table:
         print(table(json.loads((RESULTS / f"quality_{arguments.model}.json").read_text())))
-        return
-    chosen = studies()[arguments.model]
-    plan, calibration_tokens = (Plan(max_tokens=512), 2048) if arguments.quick else (Plan(), 4096)
-    started = perf_counter()
-    result, lens = run(arguments.model, chosen, plan, calibration_tokens)
-    result["seconds"] = round(perf_counter() - started, 1)
-    print(table(result))
+    else:
+        with reporting_errors(debug=True):
+            measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run the study, in one protocol or both, and write what it found."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    name, chosen = arguments.model, studies()[arguments.model]
+    plan, tokens = Plan(max_tokens=chosen.scored_tokens), chosen.calibration_tokens
+    if arguments.quick:
+        plan, tokens = replace(plan, max_tokens=512), 2048
+    path = RESULTS / f"quality_{name}.json"
+    result = json.loads(path.read_text("utf-8")) if path.is_file() and arguments.protocol else {}
+    subject = Subject.of(name, chosen)
+    for protocol in [arguments.protocol] if arguments.protocol else PROTOCOLS:
+        started = perf_counter()
+        result |= PROTOCOLS[protocol](subject, chosen, plan, tokens)
+        result["seconds"] = {**result.get("seconds", {}), protocol: round(perf_counter() - started, 1)}
+    print(table(result if "table" in result else result["every_token"]))
     if arguments.html:
         write_whole(arguments.html, render([result, result["every_token"]]))
     if arguments.quick:
         return
-    settings = {"calibration": chosen.calibration, "text": chosen.text, "calibration_tokens": calibration_tokens}
+    settings = {"calibration": chosen.calibration, "texts": chosen.texts, "calibration_tokens": tokens}
     settings |= {"lens": chosen.lens, "lens_tokens": LENS_TOKENS}
-    print(write_result(f"quality_{arguments.model}", {"settings": settings, **result}))
+    result.pop("environment", None)
+    print(write_result(f"quality_{name}", {**result, "settings": settings}))
     if arguments.ship:
         calibrated = result["calibrated"][BUDGETS.index(MAIN_BUDGET)]
-        Policy.from_json(calibrated["policy"]).save(chosen.model / "policy.json")
-        lens.save(chosen.model / LENS_FILE)
+        Policy.from_json(calibrated["policy"]).save(Path(chosen.model) / "policy.json")
+        subject.lens.save(Path(chosen.model) / LENS_FILE)
 
 
 if __name__ == "__main__":

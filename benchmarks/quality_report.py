@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from the result files of benchmarks.quality. Measures nothing.
+"""The tables of docs/results.md and README, from the result files of benchmarks.quality and .presets. Measures nothing.
 
 Each stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is written around them is a person's.
 """
@@ -9,17 +9,43 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+README = Path(__file__).parents[1] / "README.md"
+TEXTS = {
+    "wikitext103-test.raw.txt": "WikiText-103 test",
+    "c4-sample.jsonl": "C4",
+    "novels.txt.xz": "novels",
+    "tinystories_train_first1000.json": "stories",
+}
+_SHOWN = (
+    *("halting", "halting + kv_skipping", "fusion", "precision", "halting + kv_skipping + fusion"),
+    *("halting + kv_skipping + fusion + precision", "paper", "balanced", "calibrated +0.2", "calibrated +1"),
+)
+"""Rows of README's table: the mechanisms alone and together, the presets, and what calibration finds."""
 
 _HEAD = "| policy | perplexity | increase (95 %) | FLOPs saved | weight bytes saved | cache slots saved |"
 
 
 def write_report(paths: Mapping[str, Path]) -> None:
     """Put the block of every result that is there between its markers; a page without them is left as it is."""
-    page = PAGE.read_text("utf-8")
-    for name, path in paths.items():
-        if path.is_file() and f"<!-- {name} -->" in page:
-            page = replaced(page, name, block(json.loads(path.read_text("utf-8"))))
-    PAGE.write_text(page, "utf-8")
+    results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
+    _fill(PAGE, {name: block(result) for name, result in results.items()})
+    _fill(README, {f"{n} texts": across(r, _SHOWN) for n, r in results.items() if r.get("texts")})
+
+
+def write_presets(found: Mapping[str, Any]) -> None:
+    """Put what the presets cost into the pages, and what was tried for `balanced` into the longer one."""
+    tables = {"presets": presets(found)} if found.get("judged") else {}
+    _fill(README, tables)
+    tried = {f"search {name}": candidates(one) for name, one in found.get("search", {}).items()}
+    _fill(PAGE, {**tables, **tried})
+
+
+def _fill(file: Path, blocks: Mapping[str, str]) -> None:
+    page = file.read_text("utf-8")
+    for name, content in blocks.items():
+        if f"<!-- {name} -->" in page:
+            page = replaced(page, name, content)
+    file.write_text(page, "utf-8")
 
 
 def replaced(page: str, name: str, content: str) -> str:
@@ -34,12 +60,20 @@ def replaced(page: str, name: str, content: str) -> str:
 def block(result: Mapping[str, Any]) -> str:
     """One model: both protocols, the shipped policy on other text, and how long it took."""
     parts = [_judged(result)]
+    if result.get("texts"):
+        parts.append(f"Four texts, increases in percent of the dense model's perplexity:\n\n{across(result)}")
+    if result.get("bfloat16"):
+        parts.append(f"What bfloat16 adds of its own:\n\n{_bfloat16(result['bfloat16'])}")
     if result["further"]:
         parts.append(f"The policy for +0.2 on other text:\n\n{_further(result['further'])}")
     if "every_token" in result:
-        parts.append(f"**Every token scored, no prefix (the paper's protocol).** {_judged(result['every_token'])}")
+        every = result["every_token"]
+        parts.append(f"**Every token scored, no prefix (the paper's protocol).** {_judged(every)}")
+        if every.get("texts"):
+            parts.append(f"The four texts in that protocol:\n\n{across(every)}")
     if "seconds" in result:
-        parts.append(f"All of it took {result['seconds'] / 60:.1f} minutes on {result['environment']['cpu']}.")
+        minutes = sum(result["seconds"].values()) / 60
+        parts.append(f"All of it took {minutes:.1f} minutes on {machine(result['environment'])}.")
     return "\n\n".join(parts)
 
 
@@ -80,6 +114,75 @@ def table(result: Mapping[str, Any]) -> str:
         saved = (_share(row[key]) for key in ("flops_reduction", "bytes_reduction", "kv_reduction"))
         lines.append(f"| {row['name']} | {row['perplexity']:.3f} | {rise} | " + " | ".join(saved) + " |")
     return "\n".join(lines)
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """What a result was taken on."""
+    device = environment.get("device", "cpu")
+    return environment["cpu"] if device == "cpu" else f"{device} (beside {environment['cpu']})"
+
+
+def across(result: Mapping[str, Any], names: Sequence[str] = ()) -> str:
+    """One row per policy and one column per text: by how many percent perplexity rises; work saved on the first."""
+    texts = {result["text"]: result, **result["texts"]}
+    off = [f"{TEXTS[file]} ({judged['perplexity_off']:.2f})" for file, judged in texts.items()]
+    lines = [f"| policy | FLOPs saved | cache slots saved | {' | '.join(off)} |", "|" + "---|" * (3 + len(off))]
+    by_name = [{row["name"]: row for row in judged["table"]} for judged in texts.values()]
+    for row in merged(result["table"]):
+        own = row["name"].split("; ")
+        shown = [name for name in names if name in own] if names else own
+        if row["kind"] == "off" or not shown:
+            continue
+        cells = [_percent(rows[own[0]]) if own[0] in rows else "–" for rows in by_name]
+        saved = f"{_share(row['flops_reduction'])} | {_share(row['kv_reduction'])}"
+        lines.append(f"| {'; '.join(shown)} | {saved} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    """An increase in percent of the dense model's perplexity, and its interval."""
+    dense = row["perplexity"] - row["perplexity_increase"]
+    low, high = row["perplexity_increase_interval"]
+    return f"{row['perplexity_increase'] / dense:+.1%} ({low / dense:+.1%}, {high / dense:+.1%})"
+
+
+def _bfloat16(texts: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| text | dense, float32 | dense in bfloat16 | the policy for +0.2 in bfloat16 |", "|---|---|---|---|"]
+    for file, found in texts.items():
+        dense, policy = (_percent(found[name]) for name in ("dense", "policy"))
+        lines.append(f"| {TEXTS.get(file, file)} | {found['dense']['perplexity_off']:.3f} | {dense} | {policy} |")
+    return "\n".join(lines)
+
+
+def presets(found: Mapping[str, Any]) -> str:
+    """What every preset costs on every model and text."""
+    rows = [row for one in found["judged"].values() for row in one["rows"]]
+    names = list(rows[0]["presets"])
+    titles = [f"`{name}` {what}" for name in names for what in ("costs", "saves of FLOPs")]
+    lines = [f"| model | text | {' | '.join(titles)} |", "|" + "---|" * (2 + len(titles))]
+    for row in rows:
+        cells = [cell for name in names for cell in _cost(row["presets"][name])]
+        lines.append(f"| {row['model']} | {TEXTS.get(row['text'], row['text'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def candidates(search: Mapping[str, Any]) -> str:
+    """What was tried for a preset, on each text."""
+    texts = search["texts"]
+    first = next(iter(texts.values()))["candidates"]
+    heads = " | ".join(TEXTS.get(file, "WikiText training text") for file in texts)
+    lines = [f"| candidate | FLOPs saved | weight bytes saved | cache slots saved | {heads} |"]
+    lines.append("|" + "---|" * (4 + len(texts)))
+    for name, row in first.items():
+        saved = (_share(row[key]) for key in ("flops_reduction", "bytes_reduction", "kv_reduction"))
+        cells = (_cost(one["candidates"][name])[0] for one in texts.values())
+        lines.append(f"| {name} | {' | '.join(saved)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = row["increase_share_interval"]
+    return f"{row['increase_share']:+.2%} ({low:+.2%}, {high:+.2%})", _share(row["flops_reduction"])
 
 
 def _share(value: float) -> str:

@@ -31,13 +31,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from safetensors.numpy import load_file
 
+from benchmarks import real_model
 from benchmarks.harness import RESULTS, environment, write_result
-from benchmarks.quality import studies
+from benchmarks.quality import documents_of, studies
 from benchmarks.quantization_report import write_report
 from convert.calibrated import Calibration
 from qs_jax.choices import BITS
 from qs_jax.console import reporting_errors
-from qs_jax.corpus import read_documents
 from qs_jax.fitting.fit import Fit, Streams, fit_block
 from qs_jax.fitting.grid import COMPANDED, EVEN, Bend, Grid, between_extremes, refit
 from qs_jax.fitting.rounding import grouped, nearest_codes
@@ -198,11 +198,11 @@ def scored_text(model: Model, documents: Sequence[str]) -> Text:
 def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Perplexity of a model at every precision, beside the dense model's; once more after every row."""
     chosen = studies()[name]
-    model = load(chosen.model, dtype="float32")
-    documents = [read_documents(text_folder() / file, which) for file, which in (chosen.calibration, chosen.text)]
+    model = load(real_model.place(chosen.model), dtype="float32")
+    documents = [documents_of(parts) for parts in (chosen.calibration, chosen.texts[:1])]
     assert model.tokenizer is not None
     calibration = Calibration.of(
-        documents[0], model.tokenizer, model.config, name=chosen.calibration[0], tokens=CALIBRATION_TOKENS
+        documents[0], model.tokenizer, model.config, name=chosen.calibration[0][0], tokens=CALIBRATION_TOKENS
     )
     text = scored_text(model, documents[1])
     makers: dict[str, Callable[[], tuple[Networks, float]]] = {

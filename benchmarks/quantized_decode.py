@@ -4,35 +4,42 @@
     python -m benchmarks.quantized_decode --model gpt2-124m     # only this shape; the others stay in the file
     python -m benchmarks.quantized_decode --quick               # two rounds of 8 steps, nothing written
 
-Random weights, batch 1, greedy, float32 activations; embedding and head at 8 bits in the quantised model. Time per step
-as in benchmarks/speed.py, rounds interleaved; speed-up is the median of the ratios round by round.
-`plane_bytes` is what a step reads of the planes alone, from the ledger's own account of a block.
+Random weights, and those of the real model (`smollm2`); batch 1, greedy, float32 activations; embedding and head at 8
+bits in the quantised model. Time per step as in benchmarks/speed.py, rounds interleaved; speed-up is the median of the
+ratios round by round. `plane_bytes` is what a step reads of the planes alone, from the ledger's own account of a block.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from benchmarks import real_model
 from benchmarks.harness import RESULTS, environment, write_result
-from benchmarks.shapes import SHAPES, nested_model, random_model
+from benchmarks.shapes import SHAPES, model_named, nested_model, random_model
 from benchmarks.speed import OURS, compared, our_generate, same_prompts, seconds_per_step
 from qs_jax.choices import BITS
 from qs_jax.console import reporting_errors
 from qs_jax.fitting.grid import COMPANDED
 from qs_jax.kernels import is_nested, plane_bytes, weights
+from qs_jax.model import Model
 
 PROMPT_TOKENS = 16
 
 WIDE = {**SHAPES["llama-2-7b"], "num_hidden_layers": 2, "vocab_size": 2048}
 """Two layers of Llama-2-7B, and a head cut to the share of the weights that it has there."""
 
-MODELS = {"gpt2-124m": SHAPES["gpt2-124m"], "llama 4096 wide": WIDE}
+MODELS: dict[str, Callable[[], Model]] = {
+    real_model.NAME: partial(model_named, real_model.NAME),
+    "gpt2-124m": partial(model_named, "gpt2-124m"),
+    "llama 4096 wide": partial(random_model, WIDE, "llama 4096 wide"),
+}
 
 
 def row(name: str, steps: int, rounds: int) -> dict[str, Any]:
     """One shape: a step in float32 and at each precision."""
-    model = random_model(MODELS[name], name)
+    model = MODELS[name]()
     nested, companded = nested_model(model), nested_model(model, bend=COMPANDED)
     sides = {OURS: our_generate(model)} | {f"{bits} bits": our_generate(nested, bits=bits) for bits in BITS}
     sides |= {f"{bits} bits, companded": our_generate(companded, bits=bits) for bits in BITS}

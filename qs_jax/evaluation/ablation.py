@@ -23,6 +23,7 @@ from qs_jax.model import Model
 from qs_jax.request import bind_policy
 
 MECHANISMS = ("halting", "kv_skipping", "fusion", "precision")
+PRESETS = ("paper", "balanced")
 BUDGETS = (0.05, 0.2, 0.5, 1.0)
 MAIN_BUDGET = 0.2
 
@@ -76,8 +77,8 @@ def ablate(
         advance: called after every pass of a batch.
 
     Returns:
-        `table`, one row per policy: `name`, `kind` (off, ablation, calibrated, baseline), `mechanisms`, perplexity with
-        interval, what was saved, and seconds per batch; `subject`; and `oracle`.
+        `table`, one row per policy: `name`, `kind` (off, ablation, preset, calibrated, baseline), `mechanisms`,
+        perplexity with interval, what was saved, and seconds per batch; `subject`; and `oracle`.
     """
     space = space or Space.of(model.config.num_hidden_layers, planes=has_planes(model.network))
     seen = observed or observe(model, windows, protect_first=4, protect_last=16)
@@ -88,6 +89,7 @@ def ablate(
         for on in combinations(MECHANISMS, count):
             policy = switched(subject, on)
             kinds[policy.name] = ("ablation", policy)
+    kinds |= {name: ("preset", Policy.named(name)) for name in PRESETS}
     for one in calibrated:
         kinds[one.policy.name] = ("calibrated", one.searched)
     prefix, lens = len(windows[0].prompt), model.network.shortcuts is not None

@@ -21,7 +21,7 @@ from qs_jax.evaluation.defaults import (
     WINDOW,
 )
 from qs_jax.evaluation.perplexity import passes
-from qs_jax.evaluation.study import calibrate_model, study
+from qs_jax.evaluation.study import calibrate_model, calibrated_on, study
 from qs_jax.evaluation.target import free_target
 from qs_jax.evaluation.windows import Plan, cut, whole
 from qs_jax.lens import Lens
@@ -186,16 +186,11 @@ def evaluate(
     corpus = Corpus.of(text, documents)
     windows = cut(model, corpus.documents, plan)
     advance(0, total=_MEASUREMENTS if ablate else passes(windows, plan))
+    found = None
+    if other is not None:
+        found = calibrated_on(model, other.documents, plan, calibration_tokens, judged=windows, advance=advance)
     result = study(
-        model,
-        windows,
-        chosen,
-        plan,
-        bits=bits,
-        ablated=ablate,
-        calibration=(other.documents, calibration_tokens) if other else None,
-        free_runs=free_run,
-        advance=advance,
+        model, windows, chosen, plan, bits=bits, ablated=ablate, found=found, free_runs=free_run, advance=advance
     )
     judged = Policy.from_json(result["policy"])
     return Evaluation(**{**result, "policy": judged, "text": corpus.name, "documents": corpus.chosen})

@@ -1,7 +1,7 @@
 """Whole studies of a model: a calibration, and an evaluation with all that was asked for beside it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,49 @@ def calibrate_model(
     return found
 
 
+@dataclass(frozen=True)
+class Found:
+    """Policies calibrated for `BUDGETS`, and what the dense model shows on the text they were calibrated on."""
+
+    calibrated: list[Calibrated]
+    observed: Observed
+
+
+def calibrated_on(
+    model: Model,
+    documents: Sequence[str],
+    plan: Plan,
+    tokens: int,
+    *,
+    judged: Sequence[Window],
+    target: Path | None = None,
+    advance: Advance = lambda n=1: None,
+) -> Found:
+    """Policies for `BUDGETS`, calibrated on `tokens` scored tokens of documents that are cut as `plan` says.
+
+    Args:
+        model, plan, advance: as for `study`.
+        documents: calibration text.
+        tokens: how many of its tokens to score at most.
+        judged: the windows that the policies will be judged on; figures on what was calibrated on would flatter.
+        target: where the result will be; an interrupted calibration goes on from a hidden file beside it.
+
+    Raises:
+        EvaluationError: text that is too short or among what is judged, or no place to write.
+    """
+    windows = cut(model, documents, replace(plan, max_tokens=tokens))
+    _require_unseen(judged, windows)
+    found = calibrate_model(model, windows, plan, [Goal(b) for b in BUDGETS], target=target, advance=advance)
+    space = Space.of(model.config.num_hidden_layers, planes=has_planes(model.network))
+    return Found(found, observe_for(model, windows, space))
+
+
+def _require_unseen(judged: Sequence[Window], windows: Sequence[Window]) -> None:
+    seen = {window.scored for window in windows}
+    if any(window.scored in seen for window in judged):
+        raise EvaluationError("the calibration text is part of what is scored; choose other --calibration-documents")
+
+
 def study(
     model: Model,
     windows: Sequence[Window],
@@ -58,9 +101,8 @@ def study(
     *,
     bits: int | None = None,
     ablated: bool = False,
-    calibration: tuple[Sequence[str], int] | None = None,
+    found: Found | None = None,
     free_runs: int = 0,
-    target: Path | None = None,
     advance: Advance = lambda n=1: None,
 ) -> dict[str, Any]:
     """What `qs-jax eval` reports.
@@ -68,39 +110,21 @@ def study(
     Args:
         model, windows, policy, plan, bits, advance: as for `qs_jax.evaluation.perplexity.evaluate`.
         ablated: also the table of `qs_jax.evaluation.ablation.ablate`.
-        calibration: for the table, other documents to calibrate policies for `BUDGETS` on, and how many tokens of them
-            to score. If the policy is off, the one for a budget of 0.2 is judged in its place.
+        found: for the table, policies calibrated on other text. If the policy is off, the one for a budget of 0.2 is
+            judged in its place.
         free_runs: how many of the windows' prefixes to continue greedily under the policy.
-        target: where the result will be; an interrupted calibration goes on from a hidden file beside it.
-
-    Raises:
-        EvaluationError: calibration text that is too short, or part of what is scored.
     """
     table: dict[str, Any] = {}
     if ablated:
-        found, observed = [], None
-        if calibration is not None:
-            documents, tokens = calibration
-            others = cut(model, documents, replace(plan, max_tokens=tokens))
-            _require_unseen(windows, others)
-            goals = [Goal(budget) for budget in BUDGETS]
-            found = calibrate_model(model, others, plan, goals, target=target, advance=advance)
-            space = Space.of(model.config.num_hidden_layers, planes=has_planes(model.network))
-            observed = observe_for(model, others, space)
-            policy = found[BUDGETS.index(MAIN_BUDGET)].policy if policy == Policy.off() else policy
-        subject = None if calibration or policy == Policy.off() else policy
-        table = ablate(model, windows, plan, subject=subject, calibrated=found, observed=observed, advance=advance)
+        calibrated, observed = (found.calibrated, found.observed) if found else ((), None)
+        if calibrated and policy == Policy.off():
+            policy = calibrated[BUDGETS.index(MAIN_BUDGET)].policy
+        subject = None if found or policy == Policy.off() else policy
+        table = ablate(model, windows, plan, subject=subject, calibrated=calibrated, observed=observed, advance=advance)
     result = evaluate(model, windows, policy, plan, bits=bits, advance=advance)
     if free_runs:
         result["free_run"] = free_run(model, windows, policy, prompts=free_runs)
     return {**result, **table}
-
-
-def _require_unseen(windows: Sequence[Window], calibration: Sequence[Window]) -> None:
-    """Figures on the text a policy was calibrated on would flatter it."""
-    seen = {window.scored for window in calibration}
-    if any(window.scored in seen for window in windows):
-        raise EvaluationError("the calibration text is part of what is scored; choose other --calibration-documents")
 
 
 def observe_for(model: Model, windows: Sequence[Window], space: Space) -> Observed:

@@ -69,7 +69,12 @@ def test_a_block_has_both_protocols_and_the_time_they_took() -> None:
     protocol = {"windows": 20, "prefix": 0, "window": 128, "batch": 8}
     calibrated = [{"max_ppl_increase": 0.2, "chosen": None, "best_uniform_stop": None}]
     plain = {"protocol": protocol, "oracle": {"layers_share": 0.5}, "perplexity_off": 10.0, "table": ROWS[:1]}
-    plain |= {"calibrated": calibrated, "further": {}, "seconds": 90.0, "environment": {"cpu": "a processor"}}
+    plain |= {
+        "calibrated": calibrated,
+        "further": {},
+        "seconds": {"prefix": 60.0, "every": 30.0},
+        "environment": {"cpu": "a processor"},
+    }
     text = block({**plain, "protocol": {**protocol, "prefix": 512}, "every_token": plain})
     assert text.index("20 windows of 512 unscored") < text.index("paper's protocol).** 20 windows of 0 unscored")
     assert text.count("Trusted for +0.2 on calibration's own test windows: nothing.") == 2
