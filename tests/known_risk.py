@@ -23,12 +23,13 @@ def observed() -> Observed:
 
 
 def layers_saved(policy: Policy) -> float:
-    """Share of layers saved, if signals are uniform and independent: of the prompt, and a little for all else."""
+    """Share of layers saved, if signals are uniform and independent: of the prompt, whose last layer costs nothing to
+    start with, and a little for all else."""
     running, saved = 1.0, 0.0
     halting = policy.prompt_halting
     for layer, threshold in zip(halting.layers or (), halting.thresholds, strict=True) if halting else ():  # pyright: ignore
         halted = running * min(threshold, 1.0)
-        saved, running = saved + halted * (DEPTH - layer) / DEPTH, running - halted
+        saved, running = saved + halted * (DEPTH - 1 - layer) / DEPTH, running - halted
     decode, fusion = policy.decode_halting, policy.fusion
     saved += 0.1 * sum(min(t, 1.0) for t in decode.thresholds) if decode else 0.0  # pyright: ignore
     saved += 0.05 * sum(fusion.thresholds) if fusion else 0.0  # pyright: ignore

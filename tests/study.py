@@ -19,11 +19,12 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz.é"
 START = "<s>"
 
 
-def model_folder(folder: Path, name: str = "llama") -> Path:
+def model_folder(folder: Path, name: str = "llama", layers: int = 2) -> Path:
     """The random tiny model with one token per letter; token 0 starts a text."""
     folder.mkdir(parents=True)
-    model = tiny_model(name)
-    config = {**CONFIGS[name], "bos_token_id": 0, "eos_token_id": 0}
+    model = tiny_model(name, layers)
+    depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
+    config = {**CONFIGS[name], depth: layers, "bos_token_id": 0, "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(to_hugging_face(arrays_by_path(model.network), model.config), folder / "model.safetensors")
     tokenizer = Tokenizer(BPE(vocab={START: 0} | {letter: n for n, letter in enumerate(LETTERS, 1)}, merges=[]))

@@ -121,9 +121,9 @@ class Affine(Frozen):
 
 
 @dataclass(frozen=True)
-class Shallow(KvRule):
+class Shallow(Frozen):
     """The token goes on through its remaining layers at fewer bits of the same weights: halting becomes a rung of the
-    precision ladder, not a stop."""
+    precision ladder, not a stop. Of a prompt's last layer it leaves keys and values alone, as every token does."""
 
     at_most: int
 
@@ -131,9 +131,6 @@ class Shallow(KvRule):
 
     def lacks(self, *, planes: bool, lens: bool) -> str | None:
         return None if planes else "kv_rule shallow needs Matryoshka weights; convert with --quantize matryoshka"
-
-    def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
-        return block.kv(hidden_states, positions)
 
     @property
     def resting_bits(self) -> int | None:

@@ -20,7 +20,10 @@ from qs_jax.choices import BITS, FULL
 
 
 class StagePass(NamedTuple):
-    """One stage as it was run: `tokens` and `resting` places per row (padding included), `slots` of cache looked at."""
+    """One stage as it was run: `tokens` and `resting` places per row (padding included), `slots` of cache looked at.
+
+    Of a prompt's last layer these leave keys and values, and one place per row runs the rest of it.
+    """
 
     start: int
     stop: int
@@ -84,25 +87,26 @@ class Ledger:
             self.run.weight_bytes += read + heads * costs.head_bytes
             self._count_decision(part)
         for tokens, slots in twin:
-            attention = depth * costs.attention_flops_per_slot * (slots + tokens)
-            per_token = sum(layer.flops for layer in costs.layers) + attention
-            self.twin.flops += rows * (tokens * per_token + costs.head_flops)
+            flops, _ = self._stage(StagePass(0, depth, rows, tokens, 0, slots))
+            self.twin.flops += flops + rows * costs.head_flops
             self.twin.weight_bytes += costs.step_bytes()
 
     def _stage(self, part: StagePass) -> tuple[int, int]:
         flops, read, costs, rule = 0, 0, self.costs, self.policy.kv_rule
         seen = part.slots + part.tokens + part.resting
         for number in range(part.start, part.stop):
-            layer = costs.layers[number]
-            whole = layer.flops + costs.attention_flops_per_slot * seen
-            resting = whole if rule.keeps_running else rule.kv_flops(layer)
+            layer, is_last = costs.layers[number], number + 1 == len(costs.layers)
+            rest = layer.flops - layer.kv_flops + costs.attention_flops_per_slot * seen
+            running = 1 if is_last else part.tokens + rule.keeps_running * part.resting
+            flops += part.rows * (part.tokens * layer.kv_flops + part.resting * rule.kv_flops(layer) + running * rest)
             read += layer.bytes[self.bits]
-            if part.resting and rule.resting_bits is not None and self.policy.demotes(number):
-                read += layer.bytes[rule.resting_bits]
-            if part.resting and number + 1 < len(costs.layers):
-                resting += rule.carry_flops(costs)
+            if not part.resting:
+                continue
+            if rule.resting_bits is not None and self.policy.demotes(number):
+                read += (layer.kv_bytes if is_last else layer.bytes)[rule.resting_bits]
+            if not is_last:
+                flops += part.rows * part.resting * rule.carry_flops(costs)
                 read += rule.carry_bytes(costs)
-            flops += part.rows * (part.tokens * whole + part.resting * resting)
         return flops, read
 
     def _count_decision(self, part: StagePass) -> None:

@@ -140,7 +140,7 @@ def prefill(
                     going = (valid & ~taken.halts & ~taken.absorbed).sum(axis=1, dtype=np.int32)
                     rested = rested + policy.kv_rule.keeps_slots * taken.halts.sum(axis=1, dtype=np.int32)
                     active, resting = _regrouped(active, resting, decision, going, rested)
-        logits = last_logits(model, active, on_device, logits)
+        logits = last_logits(model, active, logits)
         pieces.append(Piece(start, width, tuple(passes)))
     return Prefilled(logits, tuple(cache), filled, trace, tuple(pieces))
 

@@ -13,6 +13,10 @@ What a prompt token can be:
 | resting | forms the second group, of which the K/V rule leaves keys and values | by halting, but under `drop` |
 | absorbed | gone: it went on in its right neighbour | by fusion, among the tokens that go on |
 | protected | neither halts nor fuses | a prompt's first and last tokens, special ones |
+| read | its logits choose the first new token: it alone runs the last layer whole | a prompt's last token |
+
+Of the last layer all other tokens, active or resting, leave their keys and values and no more: nobody reads what would
+come out of it.
 
 Six tokens, after a stage in which b and e halt and d goes into e's right neighbour f; a bucket holds four:
 
@@ -26,7 +30,7 @@ Attention goes by position in the text, not by slot: c sees a and b, and f' sees
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +54,8 @@ class Tokens(NamedTuple):
     Active ones are in the order of the text, resting ones in that of halting.
 
     `origins` is where in the prompt a token stands (for a fused one, its last member), `positions` what the model is
-    told, `sizes` how many tokens it stands for. `protected` ones neither halt nor fuse.
+    told, `sizes` how many tokens it stands for. `protected` ones neither halt nor fuse. Of a row at most one is `read`,
+    its logits that is, and that one is protected.
     """
 
     hidden_states: Float[Array, "batch tokens hidden"]
@@ -60,6 +65,7 @@ class Tokens(NamedTuple):
     sizes: Int[Array, "batch tokens"]
     valid: Bool[Array, "batch tokens"]
     protected: Bool[Array, "batch tokens"]
+    read: Bool[Array, "batch tokens"]
 
     def validate(self, *, active: bool) -> None:
         """Check what is promised above, on the host and on concrete arrays: for tests.
@@ -83,6 +89,10 @@ class Tokens(NamedTuple):
         require(bool(((positions >= first) & (positions <= origins)).all()), "a position is not among a token's own")
         repeated = any(len(set(row[seen])) < seen.sum() for row, seen in zip(own.origins, own.valid, strict=True))
         require(not repeated, "a token is there twice")
+        read = own.valid & own.read
+        require(bool((read.sum(axis=1) <= 1).all()), "more than one token of a row is read")
+        require(bool(own.protected[read].all()), "a token that is read is not protected")
+        require(active or not read.any(), "a token that is read rests")
 
 
 class Decision(NamedTuple):
@@ -99,6 +109,9 @@ class _Group(NamedTuple):
     tokens: Tokens
     k: Heads
     v: Heads
+
+
+_Held = TypeVar("_Held", Tokens, _Group)
 
 
 @jax.jit
@@ -119,6 +132,7 @@ def embed_piece(
         sizes=jnp.ones_like(ids),
         valid=positions < lengths[:, None],
         protected=protection.of_prompt(ids, positions, lengths),
+        read=positions == lengths[:, None] - 1,
     )
 
 
@@ -136,14 +150,12 @@ def run_stage(
 ) -> tuple[Tokens, Tokens | None, Cache, Decision | None]:
     """Layers `start` … `stop` - 1 for the active tokens; `cache` is those layers'.
 
-    `fresh` says that the cache holds nothing yet, so that attention does not look at it. There is no decision after the
-    last layer.
+    `fresh` says that the cache holds nothing yet, so that attention does not look at it. After the last layer there is
+    no decision, and one active token per row: that which is read, or padding.
     """
     layers, shown = [], Shown.by_none(active.hidden_states)
     for number, layer in enumerate(cache, start):
-        before = active.hidden_states
-        output, resting, layer = _layer(model, number, layer, active, resting, policy, fresh=fresh)
-        active, shown = active._replace(hidden_states=output.hidden_states), Shown.by(before, output)
+        active, resting, shown, layer = _layer(model, number, layer, active, resting, policy, fresh=fresh)
         layers.append(layer)
     if stop == policy.num_layers:
         return active, resting, tuple(layers), None
@@ -160,9 +172,9 @@ def _layer(
     policy: BoundPolicy,
     *,
     fresh: bool,
-) -> tuple[LayerOutput, Tokens | None, LayerCache]:
+) -> tuple[Tokens, Tokens | None, Shown, LayerCache]:
     """One layer for both groups; every token sees, of both and of the past, what stands before it."""
-    block, rule = model.blocks[number], policy.kv_rule
+    block, rule, is_last = model.blocks[number], policy.kv_rule, number + 1 == policy.num_layers
     past = () if fresh else (segment(layer),)
     running = _Group(active, *block.kv(active.hidden_states, active.positions))
     groups = [running]
@@ -175,21 +187,31 @@ def _layer(
         low = at_bits(block, rule.resting_bits) if rule.resting_bits and policy.demotes(number) else block
         rested = _Group(resting, *rule.kv(low, resting.hidden_states, resting.positions))
         groups.append(rested)
-        if rule.keeps_running:
-            resting = resting._replace(hidden_states=through(low, rested).hidden_states)
-        elif number + 1 < policy.num_layers:
-            resting = resting._replace(hidden_states=rule.carry(model, number, resting.hidden_states))
+        if not is_last:
+            state = resting.hidden_states
+            state = through(low, rested).hidden_states if rule.keeps_running else rule.carry(model, number, state)
+            resting = resting._replace(hidden_states=state)
+    if is_last:
+        running = _what_is_read(running)
     output = through(block, running)
     for tokens, k, v in groups:
         layer = append(layer, k, v, tokens.positions, tokens.valid, _bias(tokens, policy))
-    return output, resting, layer
+    active = running.tokens._replace(hidden_states=output.hidden_states)
+    return active, resting, Shown.by(running.tokens.hidden_states, output), layer
+
+
+def _what_is_read(group: _Group) -> _Group:
+    """Of every row the token that is read; of a row that has none here its first, as padding."""
+    chosen = group.tokens.valid & group.tokens.read
+    alone = group._replace(tokens=group.tokens._replace(valid=chosen))
+    return _taken(alone, jnp.argmax(chosen, axis=1, keepdims=True))
 
 
 def _seen_by(queries: Tokens, group: _Group, policy: BoundPolicy) -> Segment:
-    """The tokens of a group as the queries see them: those before, and oneself (so that padding sees something)."""
+    """The tokens of a group as the queries see them: those up to themselves. Padding too must see something: itself,
+    or, where it stands for a row that is read elsewhere, what that row's past holds or its first token here."""
     tokens = group.tokens
-    before = tokens.origins[:, None, :] < queries.origins[:, :, None]
-    visible = before & tokens.valid[:, None, :]
+    visible = (tokens.origins[:, None, :] <= queries.origins[:, :, None]) & tokens.valid[:, None, :]
     if queries is tokens:
         visible |= jnp.eye(tokens.valid.shape[1], dtype=bool)
     return new_segment(group.k, group.v, visible, _bias(tokens, policy))
@@ -235,20 +257,19 @@ def _joined(groups: Sequence[Tokens]) -> Tokens:
 
 
 def _gathered(tokens: Tokens, chosen: Bool[Array, "batch tokens"], width: int) -> Tokens:
-    order = jnp.argsort(~chosen, axis=1, stable=True)[:, :width]
+    return _taken(tokens._replace(valid=chosen), jnp.argsort(~chosen, axis=1, stable=True)[:, :width])
+
+
+def _taken(group: _Held, places: Int[Array, "batch width"]) -> _Held:
+    """What stands at these places of every row, of all that a group holds."""
 
     def take(leaf: Array) -> Array:
-        return jnp.take_along_axis(leaf, order.reshape(*order.shape, *[1] * (leaf.ndim - 2)), axis=1)
+        return jnp.take_along_axis(leaf, places.reshape(*places.shape, *[1] * (leaf.ndim - 2)), axis=1)
 
-    return jax.tree.map(take, tokens._replace(valid=chosen))
+    return jax.tree.map(take, group)
 
 
 @partial(jax.jit, donate_argnames="logits")
-def last_logits(
-    model: CausalLM, active: Tokens, lengths: Int[Array, " batch"], logits: Float[Array, "batch vocab"]
-) -> Float[Array, "batch vocab"]:
-    """Logits after the last token of every row whose last token is among the active ones; the others' stay."""
-    is_last = active.valid & (active.origins == lengths[:, None] - 1)
-    place = jnp.argmax(is_last, axis=1)
-    hidden_states = jnp.take_along_axis(active.hidden_states, place[:, None, None], axis=1)[:, 0]
-    return jnp.where(is_last.any(axis=1)[:, None], model.head(hidden_states), logits)
+def last_logits(model: CausalLM, read: Tokens, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+    """Logits of the tokens that came out of the last layer, one per row; where that is padding, those given stay."""
+    return jnp.where(read.valid, model.head(read.hidden_states[:, 0]), logits)

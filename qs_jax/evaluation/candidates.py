@@ -24,7 +24,8 @@ Part = TypeVar("Part", Halting, Fusion)
 
 @dataclass(frozen=True)
 class Space:
-    """What may be varied: after which layers prompt tokens halt or fuse, and generated ones halt."""
+    """What may be varied: after which layers prompt tokens halt or fuse (none, where that saves nothing), and generated
+    ones halt."""
 
     prompt_layers: tuple[int, ...]
     fusion_layers: tuple[int, ...]
@@ -37,23 +38,24 @@ class Space:
     def of(
         cls, depth: int, *, planes: bool, signal: SignalName = "relative_drift", kv_rule: KvRuleName = "frozen"
     ) -> "Space":
-        """Every layer of a shallow model, every other one of a deep one, from an eighth of the depth on."""
-        step = 1 if depth <= 8 else 2
-        prompt = tuple(sorted(range(depth - 1, max(1, depth // 8) - 1, -step)))
+        """Every layer of a shallow model, every other one of a deep one, from an eighth of the depth on. Prompt tokens
+        stop at least two layers early: of the last one they leave keys and values alone, stopped or not."""
+        step, first = 1 if depth <= 8 else 2, max(1, depth // 8)
+        places = {depth - 2, *range(depth - 1 - step, 0, -step)}
+        prompt = tuple(sorted(layer for layer in places if layer >= first))
         decode = tuple(sorted({max(1, depth - 1), max(1, depth - 1 - step)}))
         return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes)
 
     def neutral(self, prefix: int) -> Policy:
-        """Every mechanism there and none acting; without a prompt only what concerns generated tokens."""
-        prompt = Halting(self.signal, (0.0,) * len(self.prompt_layers), layers=self.prompt_layers)
+        """Every mechanism there and none acting; without a prompt, or layers it could do without, only what concerns
+        generated tokens."""
+        prompt, fusion = (layers if prefix > 1 else () for layers in (self.prompt_layers, self.fusion_layers))
         return Policy(
             name="neutral",
-            prompt_halting=prompt if prefix > 1 else None,
+            prompt_halting=Halting(self.signal, (0.0,) * len(prompt), layers=prompt) if prompt else None,
             decode_halting=Halting(self.signal, (0.0,) * len(self.decode_layers), layers=self.decode_layers),
             kv_rule=self.kv_rule,
-            fusion=Fusion("cosine", (0.0,) * len(self.fusion_layers), layers=self.fusion_layers)
-            if prefix > 1
-            else None,
+            fusion=Fusion("cosine", (0.0,) * len(fusion), layers=fusion) if fusion else None,
             precision=Precision("previous_entropy", layer=0) if self.planes else None,
         )
 

@@ -1,9 +1,10 @@
 """The adaptive ledger against counts made anew from the trace."""
 
 import numpy as np
+import pytest
 
 from qs_jax.adaptive.costs import Costs
-from qs_jax.adaptive.policy import Halting
+from qs_jax.adaptive.policy import Halting, Policy
 from tests.invariants.cases import (
     DECODE_LAYERS,
     GPT2_NARROW,
@@ -14,9 +15,10 @@ from tests.invariants.cases import (
     Case,
     each,
     halfway,
+    on,
 )
 from tests.invariants.running import Run, run
-from tests.tiny import LENS_RANK
+from tests.tiny import LENS_RANK, tiny_model
 
 
 def signal_flops(case: Case, halting: Halting, *, lens: bool = True) -> int:
@@ -38,7 +40,9 @@ def prompt_flops(case: Case, costs: Costs, engine: Run, places: int) -> int:
     total = costs.head_flops + remembers * 6 * case.model.config.vocab_size
     for number, layer in enumerate(costs.layers):
         resting = places if (halted <= number).any() and case.policy.kv_rule != "drop" else 0
-        total += places * (layer.flops + costs.attention_flops_per_slot * (places + resting))
+        running = places if number + 1 < LAYERS else 1  # of the last layer the others leave keys and values alone
+        total += places * layer.kv_flops
+        total += running * (layer.flops - layer.kv_flops + costs.attention_flops_per_slot * (places + resting))
         total += resting * (layer.kv_flops if case.policy.kv_rule in ("frozen", "affine") else 0)
         if case.policy.kv_rule == "affine" and number + 1 < LAYERS:
             total += resting * 4 * LENS_RANK * case.model.config.hidden_size
@@ -73,3 +77,19 @@ def test_a_lone_row_costs_what_its_trace_says(case: Case) -> None:
         len(prompt) + tokens - 1
     )
     assert min(ran) < LAYERS
+
+
+@on("llama")
+def test_a_prompt_that_stops_one_layer_early_saves_nothing() -> None:
+    """It is what the dense model does; two layers early saves one."""
+    model, prompt = tiny_model("llama", LAYERS), np.random.default_rng(9).integers(12, 97, 128).tolist()
+
+    def saved(layer: int) -> float:
+        halting = Halting("random", float("inf"), layers=(layer,))
+        policy = Policy("early", prompt_halting=halting, protect_first=0, protect_last=1, protect_special=False)
+        engine = run(model, policy, [prompt], 1)
+        assert engine.prompt.layers_run[0].tolist() == [layer] * (len(prompt) - 1) + [LAYERS]
+        return engine.session.ledger.to_json()["flops_reduction"]
+
+    assert saved(LAYERS - 1) == pytest.approx(0, abs=0.02)  # keys and values of a bucket's padding
+    assert saved(LAYERS - 2) > 0.15

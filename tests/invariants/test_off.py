@@ -13,6 +13,7 @@ from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate, append, segment
 from qs_jax.kernels import has_planes
 from qs_jax.model import Model
+from qs_jax.models.attention import new_segment
 from tests.invariants.cases import GPT2_NARROW, LAYERS, LLAMA_NARROW, QUICK, THE_REST, Case, each, neutral, on
 from tests.invariants.running import CLOSE_NARROW, Run, run
 from tests.tiny import narrowed, tiny_model
@@ -24,16 +25,24 @@ CAPACITY = 64
 
 
 def dense(model: Model, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their log-probabilities, from the model's own parts and nothing of the engine."""
+    """Greedy tokens and their log-probabilities, from the model's own parts and nothing of the engine: all tokens run
+    all layers, but of the last one only keys and values where nobody reads what comes out."""
 
     @jax.jit
     def step(network, cache, tokens, positions):
         hidden_states = network.embed(tokens, positions)
         after = []
-        for block, layer in zip(network.blocks, cache, strict=True):
-            past = () if tokens.shape[1] > 1 else (segment(layer),)
-            hidden_states, k, v, _ = block.run(hidden_states, positions, past)
+        *blocks, last = network.blocks
+        past = [() if tokens.shape[1] > 1 else (segment(layer),) for layer in cache]
+        for block, view, layer in zip(blocks, past, cache, strict=False):
+            hidden_states, k, v, _ = block.run(hidden_states, positions, view)
             after.append(append(layer, k, v, positions, jnp.ones(tokens.shape, bool)))
+        k, v = last.kv(hidden_states, positions)
+        after.append(append(cache[-1], k, v, positions, jnp.ones(tokens.shape, bool)))
+        everyone = new_segment(k, v, jnp.ones((1, 1, tokens.shape[1]), bool))
+        one = (part[:, -1:] for part in (hidden_states, positions, k, v))
+        hidden_states, position, k, v = one
+        hidden_states = last.run_over(hidden_states, position, (*past[-1], everyone), k, v).hidden_states
         return network.head(hidden_states[:, -1]), tuple(after)
 
     cache = tuple(allocate(model.config, 1, CAPACITY, model.dtype) for _ in model.network.blocks)

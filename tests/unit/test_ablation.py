@@ -19,7 +19,7 @@ CUT = ("--prefix", 40, "--window", 8, "--batch", 8, "--json")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ablation")
-    model_folder(folder / "model")
+    model_folder(folder / "model", layers=4)
     (folder / "text.txt").write_text(TEXT[:1000])
     (folder / "other.txt").write_text(TEXT[1000:])
     return folder

@@ -115,14 +115,14 @@ def test_a_uniform_stop_is_tested_whatever_the_search_makes_of_it() -> None:
 
     found = calibrate(Misled(3), SPACE, observed(), PREFIX, [Goal(0.2)])[0]
     assert found.uniform is not None
-    assert found.uniform["flops_reduction"] == pytest.approx(2 / DEPTH)
+    assert found.uniform["flops_reduction"] == pytest.approx(1 / DEPTH)
     assert found.uniform["perplexity_increase_search"] > 0.1
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibration")
-    model_folder(folder / "model")
+    model_folder(folder / "model", layers=4)
     (folder / "text.txt").write_text(TEXT)
     return folder
 

@@ -1,15 +1,20 @@
 """Groups of prompt tokens between layers: what is promised of them is checked, and a broken group noticed."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from qs_jax.engine.stage import Decision, Tokens, regroup
+from qs_jax.engine.stage import Decision, Tokens, last_logits, regroup
 from qs_jax.errors import StateError
 from tests.arrays import normal
+from tests.tiny import tiny_model
+
+_LAST = jnp.asarray([[False, False, True], [False, False, False]])
 
 
 def sound() -> Tokens:
-    """Two rows: places 0, 3 (which stands for 2 and 3) and 4; and place 1 alone, behind which there is padding."""
+    """Two rows: places 0, 3 (which stands for 2 and 3) and 4, which is read; and place 1 alone, behind which there is
+    padding."""
     return Tokens(
         hidden_states=normal(2, 3, 4),
         ids=jnp.zeros((2, 3), jnp.int32),
@@ -17,7 +22,8 @@ def sound() -> Tokens:
         positions=jnp.asarray([[0, 2, 4], [1, 0, 0]], jnp.int32),
         sizes=jnp.asarray([[1, 2, 1], [1, 0, 7]], jnp.int32),
         valid=jnp.asarray([[True, True, True], [True, False, False]]),
-        protected=jnp.zeros((2, 3), bool),
+        protected=_LAST,
+        read=_LAST,
     )
 
 
@@ -30,10 +36,13 @@ BROKEN = {
     "out of order": (lambda t: {"origins": t.origins.at[0, 1].set(7)}, "order of the text"),
     "the position of another": (lambda t: {"positions": t.positions.at[0, 1].set(0)}, "among a token's own"),
     "a position to come": (lambda t: {"positions": t.positions.at[1, 0].set(2)}, "among a token's own"),
+    "read twice": (lambda t: {"read": t.read.at[0, 0].set(True)}, "more than one token"),
+    "read, and free to halt": (lambda t: {"read": t.read.at[1, 0].set(True)}, "not protected"),
 }
 OF_A_RESTING_GROUP = {
     "a token twice": (lambda t: {"origins": t.origins.at[0, 1].set(4)}, "there twice"),
     "more than there is": (lambda t: {"sizes": t.sizes.at[0, 1].set(5)}, "stands for more"),
+    "one that is read": (lambda t: {"sizes": jnp.ones_like(t.sizes)}, "is read rests"),
 }
 
 
@@ -79,3 +88,14 @@ def test_an_absorbed_token_goes_nowhere() -> None:
     active, resting = regroup(sound(), None, decision, width=2, rest_width=0)
     assert resting is None
     assert active.origins[0].tolist() == [0, 4]
+
+
+def test_logits_are_those_of_what_is_read_and_stay_where_nothing_is() -> None:
+    network, states = tiny_model("llama").network, normal(2, 1, 32)
+    given = jnp.ones((2, network.config.vocab_size))
+    one = Tokens(states, *(leaf[:, 2:] for leaf in sound()[1:]))
+    assert one.valid.tolist() == [[True], [False]]
+    expected = network.head(states[:1, 0])
+    logits = last_logits(network, one, given)
+    np.testing.assert_allclose(logits[:1], expected, rtol=1e-4, atol=1e-6)
+    assert (logits[1] == 1).all()
