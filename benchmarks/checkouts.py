@@ -3,7 +3,7 @@
     python -m benchmarks.checkouts ../before . --models reference_models/llama gpt2-124m
 
 A process of each tree starts in turn, warm: each tree has a compilation cache of its own, which a first, uncounted
-process fills. Then both stay, and requests of 128 + 64 tokens take turns between them, seconds apart. Per model: a
+process fills. Then both stay, and requests of 128 + 64 tokens (`--tokens`) take turns, seconds apart. Per model: a
 decode step, a prompt, tracing and lowering of all programs that a request needs, and a start until the first request is
 done. Ratios are of the second tree to the first, pair by pair; the result names the commits.
 """
@@ -33,7 +33,7 @@ jax.monitoring.register_event_duration_secs_listener(listen)
 from benchmarks.shapes import model_named
 from qs_jax.generation import generate
 model = model_named(sys.argv[1])
-prompts = [list(range(10, 138))]
+prompts = [list(range(10, 10 + int(sys.argv[3])))]
 for _ in sys.stdin:
     seconds.clear()
     timing = generate(model, prompts, policy=sys.argv[2], max_new_tokens=65, eos_token_id=[]).timing
@@ -46,12 +46,12 @@ for _ in sys.stdin:
 class Worker:
     """A process of a tree, which imports what lies there."""
 
-    def __init__(self, tree: Path, model: str, policy: str, cache: Path):
+    def __init__(self, tree: Path, model: str, policy: str, tokens: int, cache: Path):
         environment = {**os.environ, "PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": str(cache)}
         place = str(Path.cwd() / model) if (Path.cwd() / model).is_dir() else model
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            (sys.executable, "-c", WORKER, place, policy),
+            (sys.executable, "-c", WORKER, place, policy, str(tokens)),
             cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.start = {**self.request(), "start_s": time.perf_counter() - started}
@@ -75,11 +75,13 @@ def commit(tree: Path) -> str:
     return name.strip() + ("+" if changed else "")
 
 
-def compare(trees: list[Path], model: str, policy: str, starts: int, turns: int, caches: Path) -> dict[str, Any]:
+def compare(
+    trees: list[Path], model: str, policy: str, tokens: int, starts: int, turns: int, caches: Path
+) -> dict[str, Any]:
     """Every figure of both trees, and the ratio of the second to the first."""
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in (*START, *REQUEST)}
     for start in range(starts + 1):
-        workers = [Worker(tree, model, policy, caches / str(side)) for side, tree in enumerate(trees)]
+        workers = [Worker(tree, model, policy, tokens, caches / str(side)) for side, tree in enumerate(trees)]
         for side, worker in enumerate(workers) if start else ():
             for name in START:
                 found[name][side].append(worker.start[name])
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("trees", nargs=2, type=Path, help="the tree to compare with, and the one in question")
     parser.add_argument("--models", nargs="+", default=["reference_models/llama", "gpt2-124m"])
     parser.add_argument("--policies", nargs="+", default=["off"])
+    parser.add_argument("--tokens", type=int, default=128, help="of the prompt")
     parser.add_argument("--starts", type=int, default=5, help="of both processes")
     parser.add_argument("--turns", type=int, default=10, help="requests of each process")
     parser.add_argument("--name", default="checkouts", help="of the result file")
@@ -111,11 +114,15 @@ def main() -> None:
     trees = [tree.resolve() for tree in options.trees]
     with tempfile.TemporaryDirectory() as caches:
         results = {
-            f"{Path(model).name}, {policy}": compare(trees, model, policy, options.starts, options.turns, Path(caches))
+            f"{Path(model).name}, {policy}": compare(
+                trees, model, policy, options.tokens, options.starts, options.turns, Path(caches)
+            )
             for model in options.models
             for policy in options.policies
         }
-    path = write_result(options.name, {"commits": [commit(tree) for tree in trees], "results": results})
+    path = write_result(
+        options.name, {"commits": [commit(tree) for tree in trees], "prompt_tokens": options.tokens, "results": results}
+    )
     for name, figures in results.items():
         print(name, {figure: round(values["ratio"], 3) for figure, values in figures.items()})
     print(path)

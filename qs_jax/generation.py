@@ -38,8 +38,9 @@ class GenerateOutput:
     `settings` are those in force, and under `from_generation_config` which of them the model's file gave.
     `trace` says what was spent on each token: `layers_run`, `bits` (mean over those layers) and `signal` (at the last
     decision to halt) per row and new token, of the pass that chose it; `prompt_layers_run`, `prompt_fused_with` (index
-    of the prompt token it went on in, or -1) and `prompt_signal` per prompt and token. Times in `timing` are seconds
-    of wall clock; `compile_s` is included in the phase in which it happened.
+    of the prompt token it went on in, or -1) and `prompt_signal` per prompt and token. Layers run are those after which
+    a token halted or fused, or else all of them; for the last one see `qs_jax.engine.prefill.PromptTrace`. Times in
+    `timing` are seconds of wall clock; `compile_s` is included in the phase in which it happened.
     """
 
     texts: list[str]

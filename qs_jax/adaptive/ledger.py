@@ -2,7 +2,8 @@
 
 Work is counted as executed, padding and empty slots of a bucket included, since that is what the machine pays for; what
 the CPU saves inside attention, where it leaves out blocks of slots that no query of a prompt may see, is counted on
-both sides as if it were not saved. What the controller does besides (probes, drifts, entropies, similarities) is
+both sides as if it were not saved. Of a prompt's last layer both sides count keys and values of all tokens, and the
+rest for one token a row. What the controller does besides (probes, drifts, entropies, similarities) is
 counted in full, in `flops` and apart in `probe_flops`. What the parts of a model cost: `qs_jax.adaptive.costs`.
 """
 
@@ -207,7 +208,8 @@ class Ledger:
 
     def to_json(self) -> dict[str, float]:
         """The ledger beside its dense twin. Reductions are fractions of the twin; `bits_mean` is over generated tokens
-        and layers, `layers_run_mean` over all tokens, the prompt's included."""
+        and layers, `layers_run_mean` over all tokens, the prompt's included: those after which they halted or fused, or
+        else all. Of the last one a prompt token costs `flops` of keys and values only, unless its logits are read."""
         costs, run, twin = self.costs, self.run, self.twin
         depth, tokens = len(costs.layers), self.prompt_tokens + self.decode_tokens
         layers = self.prompt_layers + self.decode_layers

@@ -41,7 +41,8 @@ class Halting:
         thresholds: a token halts where its signal is below; one for all layers or one per layer. 0 never halts,
             infinity always.
         layers: after which layers a token may halt; between them layers run or rest together. None: every `step`-th
-            layer from the fraction `start` of the depth on.
+            layer from the fraction `start` of the depth on. After the last but one a prompt token's halt saves no more
+            than its keys and values of the last layer, if the K/V rule leaves none: the rest nobody runs.
         entropy_below: besides, the token's entropy must be below this many bits; None asks for no entropy.
         entropy_source: which entropy that is: `entropy` (the probe) or `previous_entropy` (decode only).
     """

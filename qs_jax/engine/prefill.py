@@ -41,7 +41,11 @@ PerToken = Bool[np.ndarray, "batch tokens"]
 @dataclass
 class PromptTrace:
     """Per row and prompt token: layers run, the token it was fused into (-1: none), and what it showed at the last
-    decision about it."""
+    decision about it.
+
+    Layers run are those after which a token halted or fused; all of them if it did neither, though of the last one it
+    runs keys and values only, unless its logits are read. The ledger counts what that takes, on both sides.
+    """
 
     layers_run: list[Int[np.ndarray, " tokens"]]
     fused_with: list[Int[np.ndarray, " tokens"]]

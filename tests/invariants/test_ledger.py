@@ -1,4 +1,4 @@
-"""The ledger against XLA's own count of FLOPs, within 2 %, for one dense prefill and one dense decode step."""
+"""The ledger against XLA's own count of FLOPs, within 2 %: a prefill, dense and adaptive, and a dense decode step."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ import pytest
 
 import qs_jax
 from qs_jax.adaptive.costs import Costs
+from qs_jax.adaptive.policy import Halting, KvRuleName, Policy
 from qs_jax.engine.decode import decode_step
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, parse_config, random_network
 from tests.recording import Call, recorded
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, with_random_lens
 
 TOLERANCE = 0.02
 PREFILL = ("engine.stage.embed_piece", "engine.stage.run_stage", "engine.stage.last_logits")
@@ -65,6 +66,20 @@ def test_one_prefill(model: Model, batch: int, length: int, monkeypatch: pytest.
     ledger, calls = run(model, batch, length, new_tokens=1)
     expected = sum(counted(call.lower()) for call in calls if call.name in PREFILL)
     assert ledger == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("rule", ["frozen", "drop", "zero", "affine"])
+def test_one_prefill_under_a_policy(model: Model, rule: KvRuleName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens halt after the first of three layers and half of the others after the second, so that every
+    rule has its say in the last layer, which one token alone runs whole."""
+    monkeypatch.setattr("qs_jax.models.attention._SLOTS", 2048)
+    prompt = np.random.default_rng(0).integers(0, 1000, 128).tolist()
+    policy = Policy(prompt_halting=Halting("random", 0.5, layers=(1, 2)), kv_rule=rule, protect_first=1, protect_last=1)
+    with recorded() as calls:
+        output = qs_jax.generate(with_random_lens(model), prompt, policy=policy, max_new_tokens=1, eos_token_id=[])
+    assert {1, 2, 3} == set(output.trace["prompt_layers_run"][0])
+    expected = sum(counted(call.lower()) for call in calls if call.name in PREFILL)
+    assert output.ledger["flops"] == pytest.approx(expected, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -3,8 +3,21 @@
 from itertools import combinations
 
 import numpy as np
+import pytest
 
-from tests.invariants.cases import GPT2_FROZEN, GPT2_ZERO, LLAMA_DROP, LLAMA_FROZEN, LLAMA_LADDER, Case, each, halfway
+from qs_jax.engine import prefill
+from tests.invariants.cases import (
+    GPT2_FROZEN,
+    GPT2_SHALLOW,
+    GPT2_ZERO,
+    LLAMA_AFFINE,
+    LLAMA_DROP,
+    LLAMA_FROZEN,
+    LLAMA_LADDER,
+    Case,
+    each,
+    halfway,
+)
 from tests.invariants.running import DECIDED, assert_same, imagine, run
 from tests.oracle import Outcome
 
@@ -45,3 +58,18 @@ def test_a_row_is_the_row_alone(case: Case) -> None:
         assert together.slots[0][:, row].tolist() == outcome.prompt_slots
     assert min(together.rows_held) <= rows // 2 < together.rows_held[0] == rows
     assert rows // 2 in {int(ran) for chunk in together.rows_run for ran in chunk.ravel()}
+
+
+@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_AFFINE, GPT2_SHALLOW))
+def test_a_row_may_end_in_any_piece(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of a row is its own last token, wherever the other rows have theirs: at a piece's end or start, in
+    its middle, or in an earlier piece."""
+    monkeypatch.setattr(prefill, "PIECE", 16)
+    random, policy = np.random.default_rng(5), halfway(case, 0.5)
+    prompts = [random.integers(0, 97, length).tolist() for length in (40, 16, 17, 5, 32)]
+    together = run(case.model, policy, prompts, 3, chunk_size=CHUNK)
+    for row, prompt in enumerate(prompts):
+        outcome = imagine(case.model, policy, prompt, 3, piece=16)
+        assert outcome.margin > DECIDED
+        assert_same(together, row, outcome)
+        assert together.slots[0][:, row].tolist() == outcome.prompt_slots
