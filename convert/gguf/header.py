@@ -13,7 +13,7 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -122,7 +122,7 @@ class _Cursor:
             self.refuse(f"ends at byte {len(self.data)}, in the middle of its header")
         return self.data[start : self.place]
 
-    def number(self, form: str) -> int:
+    def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, what: str, most: int) -> int:
