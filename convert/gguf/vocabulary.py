@@ -103,9 +103,7 @@ def _cut(entries: Entries, notes: list[str]) -> Cut:
     name = entries.text("tokenizer.ggml.pre", "")
     if not name:
         name = ASSUMED.get(entries.architecture, "default")
-        notes.append(
-            f"{entries.path}: tokenizer.ggml.pre is missing; text is cut as {name!r}, other than it may have been"
-        )
+        notes.append(f"{entries.path}: tokenizer.ggml.pre is missing; {name!r} is taken, and may cut text otherwise")
     if name not in CUTS:
         raise TokenizerError(
             f"{entries.path}: tokenizer.ggml.pre is {short(name)}, a way to cut text that is not known; give token "

@@ -72,7 +72,10 @@ def test_a_file_and_its_conversion_generate_the_same(tmp_path: Path, name: str) 
     assert run(file, tmp_path / "out")[0] == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
-    (direct, converted), prompt = (load(place, compilation_cache=False) for place in (file, tmp_path / "out")), "Hi, you"
+    (direct, converted), prompt = (
+        (load(place, compilation_cache=False) for place in (file, tmp_path / "out")),
+        "Hi, you",
+    )
     assert direct.defaults == converted.defaults
     assert (direct.defaults["eos_token_id"], direct.defaults["temperature"]) == ([96], 0.5)
     out = [qs_jax.generate(model, prompt, max_new_tokens=8) for model in (direct, converted)]
@@ -247,7 +250,9 @@ def test_a_window_makes_a_llama_a_mistral(tmp_path: Path) -> None:
 
 def test_names_that_are_no_models_keep_theirs() -> None:
     table = TABLES["llama"]
-    assert place_of(table, "blk.12.attn_k.bias") == Place("model.layers.12.self_attn.k_proj.bias", "num_key_value_heads")
+    assert place_of(table, "blk.12.attn_k.bias") == Place(
+        "model.layers.12.self_attn.k_proj.bias", "num_key_value_heads"
+    )
     assert place_of(TABLES["gpt2"], "blk.0.ffn_up.weight") == Place("transformer.h.0.mlp.c_fc.weight", transposed=True)
     assert place_of(TABLES["gpt2"], "blk.0.ffn_up.bias") == Place("transformer.h.0.mlp.c_fc.bias")
     for name in ("blk.{}.attn_k.weight", "blk.01.attn_k.weight", "blk.1.blk.1.attn_k.weight", "output", "x.weight", ""):
