@@ -150,18 +150,18 @@ def calibrated_quantizer(
         ConfigError: too little text.
         TokenizerError: the source has no tokenizer.
     """
-    tokenizer = Tokenizer.load(parts.source.folder)
+    tokenizer = Tokenizer.load(parts.source.files)
     calibration = Calibration.of(documents, tokenizer, parts.config, name=name, tokens=tokens)
-    unfinished = Unfinished(target, parts.source.folder, options, calibration)
+    unfinished = Unfinished(target, parts.source.paths, options, calibration)
     return CalibratedQuantizer(options, parts.config, calibration, unfinished)
 
 
 class Unfinished:
     """Fitted blocks of a conversion that is not done, in a folder beside its target."""
 
-    def __init__(self, target: Path, source: Path, options: QuantizeOptions, calibration: Calibration):
+    def __init__(self, target: Path, source: Sequence[Path], options: QuantizeOptions, calibration: Calibration):
         key = hashlib.sha256()
-        for file in sorted(source.iterdir()):
+        for file in source:
             key.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
         key.update(f"{options} {calibration.digest} {calibration.tokens.shape}".encode())
         self.folder = target.parent / f".{target.name}.fit-{key.hexdigest()[:16]}"

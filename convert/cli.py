@@ -40,7 +40,9 @@ app = typer.Typer(
 )
 @common_options(loads=False, versioned=True)
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Hugging Face folder with safetensors, or hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Hugging Face folder with safetensors, .gguf file, or hub id.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     dtype: Dtype = DTYPE,
     revision: Revision = None,

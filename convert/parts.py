@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from convert.source import Source
 from qs_jax.checkpoint import part_of
 from qs_jax.config import ModelConfig, read_config_json
 from qs_jax.errors import CheckpointError
+from qs_jax.files import ModelFiles
 from qs_jax.generation_defaults import read_generation_defaults
 from qs_jax.models import abstract_arrays, parse_config
 
@@ -33,8 +33,8 @@ class Parts:
         self.source = source
         self.notes = source.notes
         self.corrections: dict[str, Any] = {}
-        self.config = self._with_own_head(hf_config(source.folder, self.notes))
-        read_generation_defaults(source.folder, self.config.vocab_size, self.notes)
+        self.config = self._with_own_head(hf_config(source.files, self.notes))
+        read_generation_defaults(source.files, self.config.vocab_size, self.notes)
         self.shapes = {path: array.shape for path, array in abstract_arrays(self.config).items()}
         self.plan: Plan = plan(table_for(self.config.model_type), self.config, source.shapes, self.shapes)
 
@@ -46,7 +46,7 @@ class Parts:
             return config
         self.corrections["tie_word_embeddings"] = False
         self.notes.append(
-            f"{self.source.folder}: tie_word_embeddings is true, but {head} differs from {embedding}; both are used, "
+            f"{self.source.files}: tie_word_embeddings is true, but {head} differs from {embedding}; both are used, "
             "as in transformers"
         )
         return replace(config, tie_word_embeddings=False)
@@ -66,7 +66,7 @@ class Parts:
         Raises:
             CheckpointError: a tensor holds NaN or infinity, or cannot be read.
         """
-        self.plan.raise_if_incomplete(str(self.source.folder))
+        self.plan.raise_if_incomplete(str(self.source.files))
 
         def part(entry: tuple[str, Rule]) -> str:
             return part_of(entry[1].paths[0])
@@ -100,6 +100,6 @@ def stored_as(array: np.ndarray, dtype: Any, path: str) -> np.ndarray:
     return stored
 
 
-def hf_config(folder: Path, notes: list[str] | None = None) -> ModelConfig:
+def hf_config(folder: ModelFiles, notes: list[str] | None = None) -> ModelConfig:
     """A folder's configuration; `notes` takes one line for each value that was supplied, chosen or passed over."""
     return parse_config(read_config_json(folder), str(folder / "config.json"), notes)

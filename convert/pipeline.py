@@ -1,7 +1,6 @@
 """Conversion, part by part: a model larger than memory passes through."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ import numpy as np
 from convert.defaults import CALIBRATION_TOKENS, CODEBOOK, DTYPE, EXCLUDE, GROUP_SIZE
 from convert.parts import Parts, stored_as
 from convert.quantize import QuantizeOptions, Quantizer
-from convert.source import Source, locate
+from convert.source import locate, source_of
 from convert.verify import verify as compared
 from qs_jax.checkpoint import replacing, write_manifest, write_part
 from qs_jax.choices import DTYPES, SCHEMES, not_among
-from qs_jax.errors import CheckpointError, ConfigError
+from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
 from qs_jax.lens import LENS_FILE
 from qs_jax.progress import Advance, unseen
 from qs_jax.tokenizer_files import TOKENIZER_FILES
@@ -93,7 +92,7 @@ def convert(
     The folder appears whole, or not at all. What `qs-convert` does, by the same names.
 
     Args:
-        source: a Hugging Face folder with safetensors, or a hub id.
+        source: a Hugging Face folder with safetensors, a .gguf file, or a hub id.
         target: the folder to make.
         dtype: "float32", "bfloat16" or "float16", in which weights are stored.
         revision: branch, tag or commit of a hub id.
@@ -132,8 +131,8 @@ def convert(
     shaped = {"method": method, "group_size": group_size, "exclude": exclude, "pin": pin, "codebook": codebook}
     options = QuantizeOptions.of(**shaped, text=calibration_text is not None) if quantize is not None else None
     name, target = str(source), Path(target)
-    folder = locate(name, revision)
-    parts = Parts(Source(folder))
+    files = locate(name, revision)
+    parts = Parts(source_of(files))
     report = inspect(parts)
     try:
         parts.plan.raise_if_incomplete(name)
@@ -145,7 +144,7 @@ def convert(
 
     def check(work: Path) -> dict[str, Any]:
         reference = None if golden is None else Path(golden)
-        return compared(work, folder, reference, dtype, quantised=quantizer is not None, name=str(target))
+        return compared(work, files, reference, dtype, quantised=quantizer is not None, name=str(target))
 
     advance(0, total=len(parts.names))
     report = write_converted(
@@ -210,7 +209,7 @@ def write_converted(
     """
     started = time.perf_counter()
     report = inspect(parts)
-    parts.plan.raise_if_incomplete(str(parts.source.folder))
+    parts.plan.raise_if_incomplete(str(parts.source.files))
     with replacing(target, overwrite=overwrite) as work:
         for part, arrays in parts:
             stored = {path: stored_as(array, np.dtype(dtype), path) for path, array in arrays.items()}
@@ -222,9 +221,7 @@ def write_converted(
             advance()
         config = {**parts.source.raw_config, **parts.corrections}
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in (*_COPIED, *(() if quantizer else (_CALIBRATED,))):
-            if (parts.source.folder / file).is_file():
-                shutil.copyfile(parts.source.folder / file, work / file)
+        _copy_small_files(parts, work, () if quantizer else (_CALIBRATED,))
         facts: dict[str, Any] = {"source": name, "dtype": dtype}
         facts |= {"parameters": report.parameters, "bytes": report.bytes_out, "notes": parts.notes}
         if quantizer:
@@ -234,3 +231,14 @@ def write_converted(
             report.verification = verify(work)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _copy_small_files(parts: Parts, work: Path, more: Sequence[str]) -> None:
+    """What stands beside the weights. A vocabulary that cannot be read is left out: token ids work without."""
+    for name in (*_COPIED, *more):
+        file = parts.source.files / name
+        try:
+            if file.is_file():
+                (work / name).write_bytes(file.read_bytes())
+        except TokenizerError as error:
+            parts.notes.append(f"{error}; converted without a tokenizer")

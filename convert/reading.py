@@ -1,4 +1,4 @@
-"""A folder's network on the default device, from a converted folder or a Hugging Face one."""
+"""A model's network on the default device, from a converted folder or from a source of weights."""
 
 from pathlib import Path
 from typing import Any
@@ -6,20 +6,21 @@ from typing import Any
 import jax.numpy as jnp
 
 from convert.parts import Parts, hf_config, stored_as
-from convert.source import Source
+from convert.source import source_of
 from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
 from qs_jax.config import ModelConfig
+from qs_jax.files import ModelFiles
 from qs_jax.lens import LENS_FILE, Lens, with_lens
 from qs_jax.matryoshka.stored import collect, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM
 
 
-def read_network(folder: Path, dtype: jnp.dtype, notes: list[str], *, checksums: bool = True) -> CausalLM:
+def read_network(files: ModelFiles, dtype: jnp.dtype, notes: list[str], *, checksums: bool = True) -> CausalLM:
     """Weights part by part, and the lens if there is one.
 
     Args:
-        folder: what `locate` found.
+        files: what `locate` found.
         dtype: of dense weights, on the device.
         notes: takes one line for each value that was supplied, chosen or passed over.
         checksums: compare a converted folder with those in its manifest first.
@@ -28,12 +29,13 @@ def read_network(folder: Path, dtype: jnp.dtype, notes: list[str], *, checksums:
         CheckpointError: a file is missing, damaged, or does not fit its configuration.
         ConfigError: the configuration cannot be used.
     """
-    if is_converted(folder):
+    folder = files if isinstance(files, Path) else None
+    if folder is not None and is_converted(folder):
         config, arrays = _read_converted(folder, dtype, notes, checksums=checksums)
     else:
-        config, arrays = _read_source(folder, dtype, notes)
+        config, arrays = _read_source(files, dtype, notes)
     network = network_from_arrays(config, arrays, dtype=dtype)
-    if (folder / LENS_FILE).is_file():
+    if folder is not None and (folder / LENS_FILE).is_file():
         network = with_lens(network, Lens.load(folder / LENS_FILE, config))
     return network
 
@@ -50,8 +52,8 @@ def _read_converted(
     return config, collect(arrays, kernels, dtype)
 
 
-def _read_source(folder: Path, dtype: jnp.dtype, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
-    parts = Parts(Source(folder))
+def _read_source(files: ModelFiles, dtype: jnp.dtype, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    parts = Parts(source_of(files))
     notes += parts.notes
     arrays: dict[str, Any] = {}
     for _, part in parts:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from convert.parts import hf_config
 from convert.reading import read_network
 from qs_jax.errors import CheckpointError
+from qs_jax.files import ModelFiles
 from qs_jax.models import forward
 
 PROMPT_TOKENS = 500
@@ -40,7 +41,7 @@ Logits = Float[np.ndarray, "positions vocab"]
 
 
 def verify(
-    folder: Path, original: Path, golden: Path | None, dtype: str, *, quantised: bool = False, name: str
+    folder: Path, original: ModelFiles, golden: Path | None, dtype: str, *, quantised: bool = False, name: str
 ) -> dict[str, Any]:
     """Compare logits of a converted folder with the best reference at hand; refuse one that computes something else.
 
@@ -51,7 +52,7 @@ def verify(
 
     Args:
         folder: the converted folder.
-        original: the Hugging Face folder.
+        original: the Hugging Face folder, or the GGUF file.
         golden: a file of logits to compare with.
         dtype: how dense weights are stored.
         quantised: whether kernels are codes, which are read at all their bits.
@@ -73,12 +74,12 @@ def verify(
     if golden is not None:
         tokens, positions, expected = _read_golden(golden, config.vocab_size, config.max_position_embeddings)
         against = golden.name
-    elif importlib.util.find_spec("torch") is not None:
+    elif not (absent := _absent(original)):
         expected = _transformers_logits(original, tokens, config.model_type, "float32" if quantised else dtype)
     else:
         expected = _own_logits(original, tokens, "float32" if quantised else dtype)
         against = "the original's weights, run by qs_jax"
-        unsaid = {"not_verified": "the mathematics against transformers: no torch here, and no --golden given"}
+        unsaid = {"not_verified": f"the mathematics against transformers: no {absent} here, and no --golden given"}
     actual = _own_logits(folder, tokens, "float32")[positions]
     rough = "matryoshka" if quantised else dtype if golden is not None and dtype != "float32" else None
     spread = float(expected.std(axis=-1).mean())
@@ -102,17 +103,23 @@ def verify(
     }
 
 
-def _own_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
+def _absent(original: ModelFiles) -> str:
+    """What transformers would need to read the original and is not installed; nothing where all of it is."""
+    needed = ("torch",) if isinstance(original, Path) else ("torch", "accelerate")
+    return " and no ".join(name for name in needed if importlib.util.find_spec(name) is None)
+
+
+def _own_logits(files: ModelFiles, tokens: Tokens, dtype: str) -> Logits:
     """By this package in float32, of weights rounded to the dtype."""
-    network = read_network(folder, jnp.dtype(dtype), [])
+    network = read_network(files, jnp.dtype(dtype), [])
     network = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == dtype else leaf, network)
     return np.asarray(jax.jit(forward)(network, jnp.asarray(tokens)[None]))[0].astype(np.float32)
 
 
-def _transformers_logits(folder: Path, tokens: Tokens, model_type: str, dtype: str) -> Logits:
+def _transformers_logits(original: ModelFiles, tokens: Tokens, model_type: str, dtype: str) -> Logits:
     """By the architecture's class in transformers, in float32, of weights rounded to the dtype.
 
-    No class is looked up in the folder, and none of its code is run.
+    No class is looked up in the folder, and none of its code is run. A GGUF it reads by itself, metadata and all.
     """
     import torch
     import transformers
@@ -124,8 +131,10 @@ def _transformers_logits(folder: Path, tokens: Tokens, model_type: str, dtype: s
         "qwen2": transformers.Qwen2ForCausalLM,
     }
     transformers.logging.disable_progress_bar()
+    single = None if isinstance(original, Path) else Path(str(original))
     reference = classes[model_type].from_pretrained(
-        folder,
+        original if single is None else single.parent,
+        gguf_file=None if single is None else single.name,
         dtype=getattr(torch, dtype),
         attn_implementation="eager",
         use_safetensors=True,

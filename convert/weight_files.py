@@ -57,8 +57,27 @@ def weight_files(folder: Path, notes: list[str]) -> dict[str, Path]:
     return {name: folder / file for name, file in files.items()}
 
 
+def refuse_gguf_inside(folder: Path) -> None:
+    """A GGUF is a model of its own, also where it lies in a folder: of several, which one is not ours to choose.
+
+    Raises:
+        CheckpointError: the folder has GGUF files and no other weights.
+    """
+    names = _names(folder)
+    found = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if found and not {SINGLE, INDEX} & set(names):
+        which = "it" if len(found) == 1 else "one of them"
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(
+            f"{folder}: has no safetensors, but {', '.join(found[:3])}{more}; give the path of {which}"
+        )
+
+
 def no_weights(names: Iterable[str]) -> str:
     """What to say of a folder or repository with these files, none of which can be read."""
+    names = list(names)
+    if any(name.lower().endswith(".gguf") for name in names):
+        return f"no safetensors, but GGUF files (looked for {SINGLE} and {INDEX}); fetch one of them and give its path"
     advice = f"{PICKLED}; save the model as safetensors" if holds_pickles(names) else "no weights"
     return f"{advice} (looked for {SINGLE} and {INDEX})"
 
@@ -76,6 +95,16 @@ def _note_unread(folder: Path, read: set[str], notes: list[str]) -> None:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         notes.append(f"{folder}: {', '.join(others[:3])}{more} beside the weights: not read")
+
+
+def require_finite(tensor: np.ndarray, path: Path, name: str) -> None:
+    """Refuse weights that no product survives.
+
+    Raises:
+        CheckpointError: the tensor holds a NaN or an infinity.
+    """
+    if not np.isfinite(_wide(tensor)).all():
+        raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity; get a sound copy of the weights")
 
 
 def equal_tensors(one: Place, other: Place, shape: tuple[int, ...]) -> bool:

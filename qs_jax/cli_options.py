@@ -28,7 +28,7 @@ class OneOf:
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Converted folder, Hugging Face folder, or hub id.")
+    str, typer.Argument(metavar="MODEL", help="Converted folder, Hugging Face folder, .gguf file, or hub id.")
 ]
 PolicyOption = Annotated[str, typer.Option("--policy", help="Mechanisms: off, paper, balanced, or a policy file.")]
 Bits = Annotated[int | None, OneOf(BITS), typer.Option(help="Precision of Matryoshka weights for every token.")]

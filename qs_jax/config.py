@@ -4,10 +4,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from qs_jax.errors import ConfigError
+from qs_jax.files import ModelFiles
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 RopeType = Literal["default", "linear", "llama3"]
@@ -91,7 +91,7 @@ _QUANTISED = ("quantization_config", "quantization", "compression_config")
 """Keys that transformers, MLX and compressed-tensors write into `config.json`."""
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
+def read_config_json(folder: ModelFiles) -> dict[str, Any]:
     """Parse `folder/config.json`.
 
     Raises:

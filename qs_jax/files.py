@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from qs_jax.errors import CheckpointError
 
@@ -12,7 +12,25 @@ LONGEST_NAME = 255
 """Bytes that a file's name may have."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+@runtime_checkable
+class SmallFile(Protocol):
+    """As much of a `pathlib.Path` as is asked of a model's small files."""
+
+    def is_file(self) -> bool: ...
+
+    def read_text(self, encoding: str | None = None) -> str: ...
+
+    def read_bytes(self) -> bytes: ...
+
+
+@runtime_checkable
+class ModelFiles(Protocol):
+    """A model's folder, or what stands for one: its small files by name. Its `str` is what the user gave."""
+
+    def __truediv__(self, name: str, /) -> SmallFile: ...
+
+
+def read_json(path: SmallFile) -> dict[str, Any]:
     """A small JSON file, or an empty object where it is absent.
 
     Raises:

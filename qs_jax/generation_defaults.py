@@ -1,10 +1,9 @@
 """What a model's folder says of how to generate: `generation_config.json`, for what a call leaves out."""
 
-from pathlib import Path
 from typing import Any
 
 from qs_jax.choices import is_whole
-from qs_jax.files import read_json
+from qs_jax.files import ModelFiles, read_json
 
 FILE = "generation_config.json"
 
@@ -29,7 +28,7 @@ _NOT_IMPLEMENTED = {
 """Fields that change what transformers generates and are not taken, with the values at which they change nothing."""
 
 
-def read_generation_defaults(folder: Path, vocab_size: int, notes: list[str]) -> dict[str, Any]:
+def read_generation_defaults(folder: ModelFiles, vocab_size: int, notes: list[str]) -> dict[str, Any]:
     """The settings of `generation_config.json`, by their names in `GenerationConfig`; without that file those that
     older folders have in `config.json`, as in transformers.
 

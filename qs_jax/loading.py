@@ -1,4 +1,4 @@
-"""`qs_jax.load`: a converted folder, a Hugging Face folder or a hub id becomes a model on the device."""
+"""`qs_jax.load`: a converted folder, a Hugging Face folder, a GGUF file or a hub id becomes a model on the device."""
 
 import os
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from convert.source import locate
 from qs_jax.choices import DTYPES, not_among
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
+from qs_jax.files import ModelFiles
 from qs_jax.generation_defaults import read_generation_defaults
 from qs_jax.model import Model
 from qs_jax.tokenizer import Tokenizer
@@ -31,7 +32,8 @@ def load(
     """Load a model part by part, straight onto the default device.
 
     Args:
-        path_or_id: a folder made by `qs-convert`, a Hugging Face folder with safetensors, or a hub id.
+        path_or_id: a folder made by `qs-convert`, a Hugging Face folder with safetensors, a .gguf file,
+            or a hub id.
         dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU and bfloat16 elsewhere.
         revision: branch, tag or commit of a hub id.
         verify: compare a converted folder with its checksums first.
@@ -46,28 +48,28 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(not_among("dtype", dtype, DTYPES))
     chosen = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    folder = locate(str(path_or_id), revision)
+    files = locate(str(path_or_id), revision)
     if compilation_cache:
         _use_compilation_cache()
     notes: list[str] = []
-    network = read_network(folder, chosen, notes, checksums=verify)
+    network = read_network(files, chosen, notes, checksums=verify)
     config = network.config
-    defaults = read_generation_defaults(folder, config.vocab_size, notes)
-    tokenizer, problem = _tokenizer(folder, notes)
-    _note_other_end(folder, tokenizer, config, defaults, notes)
+    defaults = read_generation_defaults(files, config.vocab_size, notes)
+    tokenizer, problem = _tokenizer(files, notes)
+    _note_other_end(files, tokenizer, config, defaults, notes)
     return Model(config, network, tokenizer, chosen, str(path_or_id), problem, defaults, tuple(dict.fromkeys(notes)))
 
 
-def _tokenizer(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, str]:
+def _tokenizer(files: ModelFiles, notes: list[str]) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer, or why there is none: a folder without one still generates from token ids."""
     try:
-        return Tokenizer.load(folder, notes), ""
+        return Tokenizer.load(files, notes), ""
     except (TokenizerError, CheckpointError) as error:
         return None, str(error)
 
 
 def _note_other_end(
-    folder: Path,
+    files: ModelFiles,
     tokenizer: Tokenizer | None,
     config: ModelConfig,
     defaults: Mapping[str, Any],
@@ -78,7 +80,7 @@ def _note_other_end(
     ends = defaults.get("eos_token_id") or config.eos_token_ids
     if end is not None and end not in (ends if isinstance(ends, list | tuple) else (ends,)):
         notes.append(
-            f"{folder / 'tokenizer_config.json'}: eos_token is {end}, but generation ends at {ends} as config.json and "
+            f"{files / 'tokenizer_config.json'}: eos_token is {end}, but generation ends at {ends} as config.json and "
             "generation_config.json say, as in transformers; eos_token_id and stop_strings change that"
         )
 

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from qs_jax.errors import TokenizerError
+from qs_jax.files import ModelFiles
 from qs_jax.tokenizer_files import read_tokenizer_files
 
 Message = Mapping[str, str]
@@ -27,7 +27,7 @@ class Tokenizer:
         self._chat_template = chat_template
 
     @classmethod
-    def load(cls, folder: Path, notes: list[str] | None = None) -> "Tokenizer":
+    def load(cls, folder: ModelFiles, notes: list[str] | None = None) -> "Tokenizer":
         """Read the tokenizer of a model folder; nothing in it is run. `notes` takes what was decided in reading.
 
         Raises:

@@ -5,7 +5,6 @@ does, with `tokenizer.json` taken as it stands.
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qs_jax.errors import TokenizerError
-from qs_jax.files import read_json
+from qs_jax.files import ModelFiles, read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -57,11 +56,11 @@ class TokenizerFiles:
     chat_template: str | None
 
 
-def has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: ModelFiles) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
-def read_tokenizer_files(folder: Path, notes: list[str] | None = None) -> TokenizerFiles:
+def read_tokenizer_files(folder: ModelFiles, notes: list[str] | None = None) -> TokenizerFiles:
     """Read the tokenizer of a model folder; `notes` takes a line for what was decided that the files leave open.
 
     Raises:
@@ -88,7 +87,7 @@ def read_tokenizer_files(folder: Path, notes: list[str] | None = None) -> Tokeni
         raise TokenizerError(f"{folder}: tokenizer cannot be read ({reason}); restore its files") from error
 
 
-def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
+def _class_name(folder: ModelFiles, config: Mapping[str, Any]) -> str:
     """The name of the tokenizer's class, which is never looked up; where there is none, that of the model's own."""
     kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if read_json(folder / "config.json").get("model_type") == "qwen2" and kind in ("", "GPT2Tokenizer"):
@@ -98,7 +97,7 @@ def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
     return "LlamaTokenizer" if (folder / "tokenizer.model").is_file() else "GPT2Tokenizer"
 
 
-def _backend(folder: Path, config: Mapping[str, Any], kind: str, notes: list[str]) -> "Backend":
+def _backend(folder: ModelFiles, config: Mapping[str, Any], kind: str, notes: list[str]) -> "Backend":
     from tokenizers import Tokenizer as Backend
 
     if (folder / "tokenizer.json").is_file():
@@ -112,7 +111,7 @@ def _backend(folder: Path, config: Mapping[str, Any], kind: str, notes: list[str
     return backend
 
 
-def _from_vocabulary(folder: Path, config: Mapping[str, Any], kind: str, notes: list[str]) -> "Backend":
+def _from_vocabulary(folder: ModelFiles, config: Mapping[str, Any], kind: str, notes: list[str]) -> "Backend":
     """A tokenizer from a bare vocabulary, by one of three classes of transformers.
 
     They are given a copy of the vocabulary and nothing else of the folder.
@@ -140,7 +139,7 @@ def _from_vocabulary(folder: Path, config: Mapping[str, Any], kind: str, notes: 
         for name in files:
             if not (folder / name).is_file():
                 raise TokenizerError(f"{folder}: {files[0]} needs {name} beside it; restore the file")
-            shutil.copyfile(folder / name, Path(copy) / name)
+            (Path(copy) / name).write_bytes((folder / name).read_bytes())
         try:
             loaded = classes[kind].from_pretrained(copy, local_files_only=True, **options)
         except Exception as error:  # transformers raises almost anything on a damaged file
@@ -149,7 +148,7 @@ def _from_vocabulary(folder: Path, config: Mapping[str, Any], kind: str, notes: 
     return loaded.backend_tokenizer
 
 
-def _options(folder: Path, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _options(folder: ModelFiles, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """What `tokenizer_config.json` says of how a bare vocabulary is used.
 
     A SentencePiece one puts the beginning of text before a text unless that is switched off: the default that
@@ -169,7 +168,7 @@ Token = dict[str, Any]
 """A token's `content`, and flags of it."""
 
 
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Token], list[Token]]:
+def _special_tokens(folder: ModelFiles, config: Mapping[str, Any]) -> tuple[dict[str, Token], list[Token]]:
     """Special tokens by name, and those without one, each in the order in which transformers adds them. Older folders
     have them in `special_tokens_map.json`, which counts where `tokenizer_config.json` lists no tokens."""
     said = dict(config)
@@ -194,7 +193,7 @@ def _token(token: Any) -> Token:
 
 
 def _add_tokens(
-    folder: Path, backend: "Backend", config: Mapping[str, Any], named: Mapping[str, Token], extra: list[Token]
+    folder: ModelFiles, backend: "Backend", config: Mapping[str, Any], named: Mapping[str, Token], extra: list[Token]
 ) -> None:
     """Give the backend the tokens that only other files name, and mark the special ones.
 
@@ -221,7 +220,7 @@ def _add_tokens(
             have[token["content"]] = known
 
 
-def _listed(folder: Path, config: Mapping[str, Any], special: set[str]) -> Iterator[tuple[int, "AddedToken"]]:
+def _listed(folder: ModelFiles, config: Mapping[str, Any], special: set[str]) -> Iterator[tuple[int, "AddedToken"]]:
     """Id and token, in the order of ids, from `added_tokens_decoder` or the older `added_tokens.json`."""
     from tokenizers import AddedToken
 
@@ -234,7 +233,7 @@ def _listed(folder: Path, config: Mapping[str, Any], special: set[str]) -> Itera
         yield index, AddedToken(content, special=content in special, normalized=content not in special)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_template(folder: ModelFiles, config: Mapping[str, Any]) -> str | None:
     """`chat_template.jinja` before `tokenizer_config.json`; of several named ones, the default."""
     file = folder / "chat_template.jinja"
     if file.is_file():

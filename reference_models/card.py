@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.harness import write_result
 from benchmarks.plots import Panel, draw
 from convert.parts import Parts
-from convert.source import Source
+from convert.source import source_of
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.loading import load
@@ -155,7 +155,7 @@ def main() -> None:
             )
         )
         draw(loss_panels(record), folder / "loss.png")
-        (folder / "README.md").write_text(card(model, Parts(Source(folder)).parameters, record, rows), "utf-8")
+        (folder / "README.md").write_text(card(model, Parts(source_of(folder)).parameters, record, rows), "utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert.parts import Parts, hf_config
-from convert.source import Source
+from convert.source import source_of
 from qs_jax.adaptive.policy import Policy
 from qs_jax.checkpoint import MANIFEST, read_manifest, write_manifest
 from qs_jax.console import one_line
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_all(folder: Path) -> None:
-    source = Source(folder)
+    source = source_of(folder)
     for name, shape in source.shapes.items():
         tensor = source.read(name)
         assert tensor.shape == shape
@@ -105,7 +105,7 @@ def test_config(tmp_path: Path, name: str, count: Count) -> None:
     assert fuzz(config, spoil, lambda: hf_config(folder), inputs=400) < 300
 
     def fits() -> None:
-        Parts(Source(folder)).plan.raise_if_incomplete("hf")
+        Parts(source_of(folder)).plan.raise_if_incomplete("hf")
 
     assert fuzz(config, spoil, fits, inputs=60) < 45
     count("mutated inputs", 460)

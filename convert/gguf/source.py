@@ -1,0 +1,63 @@
+"""Weights of a GGUF, by the names and in the layout of Hugging Face's checkpoints. Read one tensor at a time."""
+
+from pathlib import Path
+
+import numpy as np
+
+from convert.gguf.files import GgufFile
+from convert.gguf.header import Header, Tensor
+from convert.gguf.metadata import FACTORS
+from convert.gguf.names import Place, place_of, unpaired
+from convert.gguf.tensors import same_values, tensor_values
+from convert.weight_files import require_finite
+from qs_jax.errors import CheckpointError
+
+
+class GgufSource:
+    """A GGUF as `convert.source.Source`.
+
+    Raises:
+        CheckpointError: two of its tensors are one.
+        ConfigError: metadata that cannot be understood.
+    """
+
+    def __init__(self, file: GgufFile):
+        self.files = file
+        self.raw_config = file.config
+        self.notes = file.notes
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._home: dict[str, tuple[Header, Tensor, Place]] = {}
+        for name, (header, tensor) in file.tensors.items():
+            if name == FACTORS:  # the configuration says it
+                continue
+            place = place_of(file.table, name)
+            if place.name in self._home:
+                raise CheckpointError(f"{header.path}: tensor {name} stands for {place.name}, which is there already")
+            self._home[place.name] = header, tensor, place
+            self.shapes[place.name] = tensor.shape[::-1] if place.transposed else tensor.shape
+
+    @property
+    def paths(self) -> list[Path]:
+        return [header.path for header in self.files.headers]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all parts."""
+        return sum(len(header.data) for header in self.files.headers)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, de-quantised to float32 if it is quantised.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity.
+        """
+        header, tensor, place = self._home[name]
+        values = tensor_values(header, tensor)
+        require_finite(values, header.path, name)
+        if place.heads:
+            values = values[unpaired(len(values), self.raw_config[place.heads])]
+        return values.T if place.transposed else values
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values; a few of each are in memory at a time."""
+        return same_values(*self._home[one][:2], *self._home[other][:2])
