@@ -209,6 +209,10 @@ the request of `prefill`.
 * **Rotary angles** are computed anew for every head of every layer, as XLA fuses a cosine into whatever needs it, and
   a barrier is dropped before. A product with ones and zeros keeps them: expected 60 ms of 1,018 for 512 tokens of the
   1.1 B shape in bfloat16, outcome 51; nothing in decoding.
+* **The last layer of a prompt** ran whole for all tokens, though nobody reads what comes out of it but for a row's last
+  one. Keys and values are enough for the others: equal to rounding. Expected from the ledger, which says 3.2 % of the
+  FLOPs for 512 tokens of SmolLM2-135M, 5.8 % for 448 of the reference Llama and 7.1 % for 192 of the reference GPT-2:
+  3.0, 5 and 6 % less time. Outcome, CPU time on a busy machine, pairs in turn: 3.2 (bfloat16 3.2), 5 and 5 %.
 * **Widths of prompts.** 700 tokens took as long as 1,024, to which they were padded. With two widths per octave they
   are padded to 768: 646 ms against 872, for one more program to compile per octave.
 * **Prompts through codes** took twice the time of float32 at 128 tokens of the GPT-2 shape, and 1.8 times at 512 of the

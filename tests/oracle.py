@@ -123,7 +123,7 @@ class Decoder:
     # The prompt: all of a piece's tokens go through a layer before any goes through the next.
 
     def _read(self, prompt: Sequence[int], start: int, outcome: Outcome) -> np.ndarray:
-        """A piece of the prompt through all layers; the state of its last token."""
+        """A piece of the prompt through all layers; the state of its last token, if it is the prompt's."""
         policy, network = self.policy, self.networks[8]
         going, resting = [], []
         for place in range(start, min(start + self.piece, len(prompt))):
@@ -141,7 +141,7 @@ class Decoder:
                 outcome.prompt_layers_run[place] = after
             resting += [token for token in going if token.place in halted]
             going = [token for token in going if token.place not in halted | absorbed]
-        return going[-1].state
+        return going[-1].state if start + self.piece >= len(prompt) else np.empty(0)
 
     def _layer(self, layer: int, going: list[Token], resting: list[Token]) -> list[_Pass]:
         """A layer for every token of the piece; returns what those that are going showed."""

@@ -208,12 +208,11 @@ def _what_is_read(group: _Group) -> _Group:
 
 
 def _seen_by(queries: Tokens, group: _Group, policy: BoundPolicy) -> Segment:
-    """The tokens of a group as the queries see them: those up to themselves. Padding too must see something: itself,
-    or, where it stands for a row that is read elsewhere, what that row's past holds or its first token here."""
+    """The tokens of a group as the queries see them: those up to themselves. Padding too must see something: itself
+    among its own, all of any other group."""
     tokens = group.tokens
     visible = (tokens.origins[:, None, :] <= queries.origins[:, :, None]) & tokens.valid[:, None, :]
-    if queries is tokens:
-        visible |= jnp.eye(tokens.valid.shape[1], dtype=bool)
+    visible |= jnp.eye(tokens.valid.shape[1], dtype=bool) if queries is tokens else ~queries.valid[:, :, None]
     return new_segment(group.k, group.v, visible, _bias(tokens, policy))
 
 

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qs_jax.engine.stage import Decision, Tokens, last_logits, regroup
+from qs_jax.adaptive.binding import dense
+from qs_jax.cache import allocate
+from qs_jax.engine.stage import Decision, Tokens, last_logits, regroup, run_stage
 from qs_jax.errors import StateError
 from tests.arrays import normal
 from tests.tiny import tiny_model
@@ -99,3 +101,18 @@ def test_logits_are_those_of_what_is_read_and_stay_where_nothing_is() -> None:
     logits = last_logits(network, one, given)
     np.testing.assert_allclose(logits[:1], expected, rtol=1e-4, atol=1e-6)
     assert (logits[1] == 1).all()
+
+
+def test_a_piece_of_which_nothing_goes_on_stays_finite() -> None:
+    """Every token of a prompt's first piece may halt, and drop: padding then has nothing before it to see."""
+    network = tiny_model("llama").network
+    active = sound()._replace(hidden_states=normal(2, 3, 32), valid=jnp.zeros((2, 3), bool))
+    layer = allocate(network.config, 2, 16, jnp.dtype("float32"))
+    read, _, (after,), decision = run_stage(
+        network, active, None, (layer,), dense(network.config), start=1, stop=2, fresh=True
+    )
+    assert decision is None
+    assert read.hidden_states.shape == (2, 1, 32)
+    assert jnp.isfinite(read.hidden_states).all()
+    assert not read.valid.any()
+    assert not after.lengths.any()
