@@ -34,6 +34,7 @@ app = typer.Typer(
   qs-convert ./my-hf-model ./model
   qs-convert openai-community/gpt2 ./gpt2 --verify
   qs-convert meta-llama/Llama-2-7b-hf ./llama --dtype bfloat16
+  qs-convert ./my-model.gguf ./model
   qs-convert ./my-hf-model ./model --quantize matryoshka
   qs-convert ./my-hf-model ./model --quantize matryoshka --calibration-text train.txt
   qs-convert ./my-hf-model ./model --dry-run --json""",

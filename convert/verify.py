@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from convert.parts import hf_config
 from convert.reading import read_network
+from qs_jax.config import read_config_json
 from qs_jax.errors import CheckpointError
 from qs_jax.files import ModelFiles
 from qs_jax.models import forward
@@ -119,7 +120,8 @@ def _own_logits(files: ModelFiles, tokens: Tokens, dtype: str) -> Logits:
 def _transformers_logits(original: ModelFiles, tokens: Tokens, model_type: str, dtype: str) -> Logits:
     """By the architecture's class in transformers, in float32, of weights rounded to the dtype.
 
-    No class is looked up in the folder, and none of its code is run. A GGUF it reads by itself, metadata and all.
+    No class is looked up in the folder, and none of its code is run. Of a GGUF it reads the tensors by itself, but not
+    the metadata: it passes over scaled rotary positions and GPT-2's context.
     """
     import torch
     import transformers
@@ -131,10 +133,13 @@ def _transformers_logits(original: ModelFiles, tokens: Tokens, model_type: str, 
         "qwen2": transformers.Qwen2ForCausalLM,
     }
     transformers.logging.disable_progress_bar()
-    single = None if isinstance(original, Path) else Path(str(original))
-    reference = classes[model_type].from_pretrained(
-        original if single is None else single.parent,
-        gguf_file=None if single is None else single.name,
+    kind = classes[model_type]
+    place: dict[str, Any] = {"pretrained_model_name_or_path": original}
+    if not isinstance(original, Path):
+        file, config = Path(str(original)), kind.config_class.from_dict(read_config_json(original))
+        place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "config": config}
+    reference = kind.from_pretrained(
+        **place,
         dtype=getattr(torch, dtype),
         attn_implementation="eager",
         use_safetensors=True,
@@ -142,7 +147,8 @@ def _transformers_logits(original: ModelFiles, tokens: Tokens, model_type: str, 
         local_files_only=True,
     )
     with torch.inference_mode():
-        return reference.float().eval()(torch.tensor(tokens[None], dtype=torch.long)).logits[0].numpy()
+        # the class's own `float` refuses what came from a GGUF
+        return torch.nn.Module.float(reference).eval()(torch.tensor(tokens[None], dtype=torch.long)).logits[0].numpy()
 
 
 def _read_golden(path: Path, vocab_size: int, context: int) -> tuple[Tokens, Positions, Logits]:

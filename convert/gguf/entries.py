@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf.header import Value
+from convert.gguf.header import Value, short
 from qs_jax.errors import ConfigError, QsJaxError
 
 
@@ -76,9 +76,3 @@ class Entries:
 
     def _fail(self, key: str, value: Any, expected: str) -> QsJaxError:
         return self.error(f"{self.path}: {self._full(key)} is {short(value)}, expected {expected}")
-
-
-def short(value: object) -> str:
-    """A value as a message shows it."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else f"{text[:40]}…"

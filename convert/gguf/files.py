@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from convert.gguf.entries import Entries, short
-from convert.gguf.header import Header, Tensor, read_header
+from convert.gguf.entries import Entries
+from convert.gguf.header import Header, Tensor, read_header, short
 from convert.gguf.metadata import config_of, generation_config_of
 from convert.gguf.names import TABLES, Table
 from convert.gguf.tensors import same_values, tensor_values

@@ -176,12 +176,12 @@ def _tensors(cursor: _Cursor, number: int, metadata: Mapping[str, Value]) -> dic
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     power = type(alignment) is int and 0 < alignment <= _LARGEST_ALIGNMENT and not alignment & (alignment - 1)
     if not isinstance(alignment, int) or not power:
-        cursor.refuse(f"general.alignment is {_short(alignment)}, expected a power of two")
+        cursor.refuse(f"general.alignment is {short(alignment)}, expected a power of two")
     tensors: dict[str, Tensor] = {}
     for _ in range(number):
         name = cursor.text("a tensor's name")
         if name in tensors or not 0 < len(name) <= _LONGEST_NAME:
-            cursor.refuse(f"tensor {_short(name)} is there twice" if name in tensors else "a tensor's name is too long")
+            cursor.refuse(f"tensor {short(name)} is there twice" if name in tensors else "a tensor's name is too long")
         tensors[name] = _tensor(cursor, name)
     first = -(-cursor.place // alignment) * alignment
     placed = {name: Tensor(t.shape, t.kind, first + t.offset, t.size) for name, t in tensors.items()}
@@ -234,6 +234,7 @@ def _refuse_misplaced(cursor: _Cursor, tensors: Mapping[str, Tensor], alignment:
             cursor.refuse(f"tensors {one} and {other} overlap")
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def short(value: object) -> str:
+    """A value as a message shows it."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 40 else f"{text[:40]}…"

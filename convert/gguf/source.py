@@ -32,9 +32,20 @@ class GgufSource:
                 continue
             place = place_of(file.table, name)
             if place.name in self._home:
-                raise CheckpointError(f"{header.path}: tensor {name} stands for {place.name}, which is there already")
+                raise CheckpointError(
+                    f"{header.path}: tensor {name} is {place.name}, which is there; get the file again"
+                )
+            if place.heads:
+                self._refuse_torn_heads(name, tensor, header.path, self.raw_config[place.heads])
             self._home[place.name] = header, tensor, place
             self.shapes[place.name] = tensor.shape[::-1] if place.transposed else tensor.shape
+
+    @staticmethod
+    def _refuse_torn_heads(name: str, tensor: Tensor, path: Path, heads: int) -> None:
+        if heads < 1 or tensor.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{path}: tensor {name} {tensor.shape} is no {heads} heads of pairs; get the file again"
+            )
 
     @property
     def paths(self) -> list[Path]:

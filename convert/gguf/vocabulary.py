@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.gguf.entries import Entries, short
+from convert.gguf.entries import Entries
+from convert.gguf.header import short
 from convert.gguf.splits import ASSUMED, CUTS, Cut
 from qs_jax.errors import TokenizerError
 

@@ -25,6 +25,12 @@ def test_the_package_pulls_in_no_torch_transformers_or_matplotlib() -> None:
     assert not loaded & {"torch", "transformers", "matplotlib", "tokenizers", "typer"}
 
 
+def test_what_reads_gguf_files_is_imported_for_one_alone() -> None:
+    loaded = loaded_after("import qs_jax.loading, convert.pipeline, convert.verify\nqs_jax.loading.locate('.')")
+    assert "jax" in loaded
+    assert "gguf" not in loaded
+
+
 def test_importing_the_package_alone_is_nearly_free() -> None:
     assert not loaded_after("import qs_jax") & set(HEAVY)
 

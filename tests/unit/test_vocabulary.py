@@ -154,7 +154,7 @@ def test_tokens_are_taken_whole_where_the_model_takes_them_so(tmp_path: Path) ->
     tokens = [*CHARACTERS[:94], "Ġyou", "<s>", "</s>"]
     entries: dict[str, Any] = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__merges": ["Ġ y"]}
     entries["tokenizer__ggml__tokens"] = [*tokens[:92], "Ġy", "Ġ", *tokens[94:]]
-    frame = {"tokenizer__ggml__add_bos_token": False}
+    frame: dict[str, Any] = {"tokenizer__ggml__add_bos_token": False}
     assert tokenizer(tmp_path, tokenizer__ggml__pre="llama-bpe", **entries, **frame).encode(" you") == [94]
     assert len(tokenizer(tmp_path, tokenizer__ggml__pre="smaug-bpe", **entries, **frame).encode(" you")) == 3
 
