@@ -42,7 +42,7 @@ from typing import Any
 import jax
 
 from benchmarks import real_model
-from benchmarks.harness import RESULTS, write_result
+from benchmarks.harness import RESULTS, environment, write_result
 from benchmarks.quality_report import table, write_report
 from convert.pipeline import convert
 from qs_jax.adaptive.policy import Policy
@@ -258,7 +258,8 @@ def measure(arguments: argparse.Namespace) -> None:
     for protocol in [arguments.protocol] if arguments.protocol else PROTOCOLS:
         started = perf_counter()
         result |= PROTOCOLS[protocol](subject, chosen, plan, tokens)
-        result["seconds"] = {**result.get("seconds", {}), protocol: round(perf_counter() - started, 1)}
+        took = {"seconds": round(perf_counter() - started, 1), "environment": environment()}
+        result["runs"] = {**result.get("runs", {}), protocol: took}
     print(table(result if "table" in result else result["every_token"]))
     if arguments.html:
         write_whole(arguments.html, render([result, result["every_token"]]))

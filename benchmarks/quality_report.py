@@ -16,6 +16,7 @@ TEXTS = {
     "novels.txt.xz": "novels",
     "tinystories_train_first1000.json": "stories",
 }
+PROTOCOLS = {"prefix": "With a prefix it", "every": "every token scored it"}
 _SHOWN = (
     *("halting", "halting + kv_skipping", "fusion", "precision", "halting + kv_skipping + fusion"),
     *("halting + kv_skipping + fusion + precision", "paper", "balanced", "calibrated +0.2", "calibrated +1"),
@@ -58,22 +59,25 @@ def replaced(page: str, name: str, content: str) -> str:
 
 
 def block(result: Mapping[str, Any]) -> str:
-    """One model: both protocols, the shipped policy on other text, and how long it took."""
-    parts = [_judged(result)]
+    """One model: both protocols, the policy for +0.2 on other text, and how long it took."""
+    parts = [_judged(result)] if "table" in result else []
     if result.get("texts"):
         parts.append(f"Four texts, increases in percent of the dense model's perplexity:\n\n{across(result)}")
     if result.get("bfloat16"):
         parts.append(f"What bfloat16 adds of its own:\n\n{_bfloat16(result['bfloat16'])}")
-    if result["further"]:
+    if result.get("further"):
         parts.append(f"The policy for +0.2 on other text:\n\n{_further(result['further'])}")
     if "every_token" in result:
         every = result["every_token"]
         parts.append(f"**Every token scored, no prefix (the paper's protocol).** {_judged(every)}")
         if every.get("texts"):
             parts.append(f"The four texts in that protocol:\n\n{across(every)}")
-    if "seconds" in result:
-        minutes = sum(result["seconds"].values()) / 60
-        parts.append(f"All of it took {minutes:.1f} minutes on {machine(result['environment'])}.")
+    took = [
+        f"{PROTOCOLS[name]} took {run['seconds'] / 60:.1f} minutes on {machine(run['environment'])}"
+        for name, run in result.get("runs", {}).items()
+    ]
+    if took:
+        parts.append(f"{'; '.join(took)}.")
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,7 @@
 # *On Colab:* File → Open notebook → GitHub, with the address of the repository, which then also goes into `REPOSITORY`
 # below. In a clone nothing need be set.
 #
-# Convert a Hugging Face model, generate with it, stream from it, and see what the `balanced` policy saves.
+# Convert a Hugging Face model, generate with it, stream from it, and see what its calibrated policy saves.
 #
 # **Needs:** nothing. It runs on a CPU in about a minute with a small Llama that ships with the repository; on a GPU or
 # TPU runtime the same cells use that device. No account, no token, no download of weights.
@@ -126,9 +126,11 @@ for piece in qs_jax.stream(model, "One day, a boy", max_new_tokens=48, do_sample
 # %% [markdown]
 # ## Spend less
 #
-# A policy says which tokens may be computed with less. `balanced` is uncalibrated: in a prompt, most tokens stop after
-# three quarters of the layers. Everything is counted as executed, beside the dense model, in the ledger. Notebook
-# `03_adaptive_inference` shows the mechanisms one by one, and how a policy is calibrated to a budget of quality.
+# A policy says which tokens may be computed with less. One that was calibrated for a model lies beside it as
+# `policy.json`: with this one most tokens of a prompt stop before half of the layers. Everything is counted as executed,
+# beside the dense model, in the ledger. What a policy may do differs from model to model: this small one allows far more
+# than a well-trained model does. Notebook `03_adaptive_inference` shows the mechanisms one by one, and how a policy is
+# calibrated to a budget of quality.
 
 # %%
 LONG = " ".join(
@@ -138,11 +140,11 @@ LONG = " ".join(
         'She said, "Look, there are so many apples!" Her mom smiled and said, "Yes, Lily. You can take one." Lily',
     ]
 )
-for policy in ("off", "balanced"):
+for policy in ("off", WORK / "model" / "policy.json"):
     output = qs_jax.generate(model, LONG, policy=policy, **settings)
     ledger = output.ledger
     print(
-        f"{policy:9} {ledger['flops'] / 1e9:6.3f} GFLOP, saved {ledger['flops_reduction']:6.1%}; "
+        f"{getattr(policy, 'name', policy):12} {ledger['flops'] / 1e9:6.3f} GFLOP, saved {ledger['flops_reduction']:6.1%}; "
         f"{ledger['layers_run_mean']:5.2f} layers per token\n          …{output.texts[0]!r}"
     )
 

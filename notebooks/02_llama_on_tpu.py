@@ -203,8 +203,8 @@ for batch in (1, 8):
 # %% [markdown]
 # ## Spend less on the prompt
 #
-# The same prompt, long enough to matter, dense and under the uncalibrated `balanced` policy. A policy that was calibrated
-# for a model lies beside it as `policy.json`; `qs-jax calibrate MODEL --text train.txt` makes one.
+# The same prompt, long enough to matter, dense and under a policy: the one that was calibrated for the model, if it lies
+# beside it as `policy.json`, else `balanced`, which is safe uncalibrated and saves little; `qs-jax calibrate MODEL --text train.txt` makes one.
 
 # %%
 beside = Path(source) / "policy.json"

@@ -206,8 +206,8 @@ show(precision, "4 bits where the last step's entropy was below 4 bits, else 8",
 # %% [markdown]
 # ### All at once
 #
-# `balanced` is an uncalibrated policy of all mechanisms but halting of generated tokens. `paper` has the paper's own
-# thresholds, taken literally; on another model they may do very little or far too much.
+# Of the presets `balanced` does what is safe uncalibrated on every model measured, which is next to nothing, and `paper`
+# has the paper's own thresholds, taken literally; on another model they may do very little or far too much.
 
 # %% tags=["docs=adaptive_text"]
 together = Policy(

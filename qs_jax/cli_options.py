@@ -30,7 +30,13 @@ class OneOf:
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Converted folder, Hugging Face folder, .gguf file, or hub id.")
 ]
-PolicyOption = Annotated[str, typer.Option("--policy", help="Mechanisms: off, paper, balanced, or a policy file.")]
+PolicyOption = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help="Mechanisms: off, paper (costs much), balanced (safe, saves little), or a policy file: calibrate.",
+    ),
+]
 Bits = Annotated[int | None, OneOf(BITS), typer.Option(help="Precision of Matryoshka weights for every token.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from benchmarks import real_model
 from convert.pipeline import convert
+from qs_jax.adaptive.policy import Policy
 from qs_jax.console import progress, reporting_errors
 from qs_jax.errors import CheckpointError
 from qs_jax.generation import GenerateOutput, generate
@@ -63,28 +64,28 @@ def demos() -> dict[str, Demo]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to answer: the output, the work of the prompt alone, and seconds of every turn."""
+    """One way to answer: the output, the ledger of the prompt alone, and seconds of every turn."""
 
     output: GenerateOutput
-    prompt_flops: float
+    prompt: Mapping[str, float]
     prompt_s: list[float]
     step_s: list[float]
 
-    @property
-    def step_flops(self) -> float:
+    def per_token(self, key: str) -> float:
         """Of a generated token, the first of which comes with the prompt."""
-        return (self.output.ledger["flops"] - self.prompt_flops) / max(1, sum(self.output.lengths) - 1)
+        return (self.output.ledger[key] - self.prompt[key]) / max(1, sum(self.output.lengths) - 1)
 
 
 def measured(model: Model, demo: Demo, console: Console) -> dict[str, Way]:
     """The dense model and the policy, in turns; what compiles is not counted."""
-    ways = {"dense": "off", Path(demo.policy).stem if demo.policy.endswith(".json") else demo.policy: demo.policy}
-    first: dict[str, float] = {}
+    chosen = Policy.of(demo.policy)
+    ways = {"dense": Policy.off(), chosen.name: chosen}
+    first: dict[str, Mapping[str, float]] = {}
     for name, policy in ways.items():
         with console.status(f"compiling {name} …"):
             generate(model, [demo.prompt], demo.settings, policy=policy)
             alone = generate(model, [demo.prompt], demo.settings, policy=policy, max_new_tokens=1)
-            first[name] = alone.ledger["flops"]
+            first[name] = alone.ledger
     turns: dict[str, list[GenerateOutput]] = {name: [] for name in ways}
     with progress("measuring", TURNS) as advance:
         for _ in range(TURNS):
@@ -125,12 +126,11 @@ def figures(ways: Mapping[str, Way]) -> Table:
         ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
         table.add_row(label, *shown, saved(1 - ratio, LEVEL))
 
-    work("prompt: work", "GFLOP", 1e9, (dense.prompt_flops, policy.prompt_flops))
+    work("prompt: work", "GFLOP", 1e9, (dense.prompt["flops"], policy.prompt["flops"]))
     time("prompt: time", (dense.prompt_s, policy.prompt_s))
-    work("per new token: work", "GFLOP", 1e9, (dense.step_flops, policy.step_flops))
+    for label, unit, key, scale in (("work", "GFLOP", "flops", 1e9), ("weights read", "MB", "weight_bytes", 1e6)):
+        work(f"per new token: {label}", unit, scale, (dense.per_token(key), policy.per_token(key)))
     time("per new token: time", (dense.step_s, policy.step_s))
-    for label, unit, key, scale in (("weights read", "GB", "weight_bytes", 1e9), ("cache slots", "", "kv_slots", 1)):
-        work(label, unit, scale, (dense.output.ledger[key], policy.output.ledger[key]))
     return table
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality_report import block, merged, replaced, table
+from benchmarks.quality_report import across, block, merged, presets, replaced, table
 
 
 def row(name: str, kind: str, increase: float, flops: float) -> dict[str, Any]:
@@ -69,13 +69,34 @@ def test_a_block_has_both_protocols_and_the_time_they_took() -> None:
     protocol = {"windows": 20, "prefix": 0, "window": 128, "batch": 8}
     calibrated = [{"max_ppl_increase": 0.2, "chosen": None, "best_uniform_stop": None}]
     plain = {"protocol": protocol, "oracle": {"layers_share": 0.5}, "perplexity_off": 10.0, "table": ROWS[:1]}
-    plain |= {
-        "calibrated": calibrated,
-        "further": {},
-        "seconds": {"prefix": 60.0, "every": 30.0},
-        "environment": {"cpu": "a processor"},
+    runs = {
+        "prefix": {"seconds": 90.0, "environment": {"cpu": "a processor", "device": "cpu"}},
+        "every": {"seconds": 30.0, "environment": {"cpu": "a processor", "device": "a card"}},
     }
+    plain |= {"calibrated": calibrated, "runs": runs}
     text = block({**plain, "protocol": {**protocol, "prefix": 512}, "every_token": plain})
     assert text.index("20 windows of 512 unscored") < text.index("paper's protocol).** 20 windows of 0 unscored")
     assert text.count("Trusted for +0.2 on calibration's own test windows: nothing.") == 2
-    assert text.endswith("All of it took 1.5 minutes on a processor.")
+    assert text.endswith(
+        "With a prefix it took 1.5 minutes on a processor; every token scored it took 0.5 minutes on a card (beside a "
+        "processor)."
+    )
+
+
+def test_texts_stand_side_by_side_in_percent_of_each_ones_perplexity() -> None:
+    one = {"text": "wikitext103-test.raw.txt", "perplexity_off": 10.0, "table": ROWS}
+    half = [{**entry, "perplexity_increase": entry["perplexity_increase"] / 2} for entry in ROWS]
+    lines = across(
+        {**one, "texts": {"c4-sample.jsonl": {**one, "table": half}}}, ("stop", "calibrated +1")
+    ).splitlines()
+    assert "WikiText-103 test (10.00) | C4 (10.00)" in lines[0]
+    assert lines[2].startswith("| stop | 30.0% | 25.0% | +0.2% (-0.8%, +1.2%) | +0.1%")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| stop", "| calibrated +1"]
+
+
+def test_what_presets_cost_is_a_row_per_model_and_text() -> None:
+    cost = {"increase_share": 0.005, "increase_share_interval": [-0.001, 0.011], "flops_reduction": 0.026}
+    row = {"model": "smollm2", "text": "c4-sample.jsonl", "presets": {"balanced": cost}}
+    assert presets({"judged": {"smollm2": {"rows": [row]}}}).splitlines()[-1] == (
+        "| smollm2 | C4 | +0.50% (-0.10%, +1.10%) | 2.6% |"
+    )
