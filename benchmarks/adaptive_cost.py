@@ -1,13 +1,15 @@
 """Does real time follow the ledger? Skipped layers in decode, gathered tokens in prefill, and what being able to costs.
 
-    python -m benchmarks.adaptive_cost           # writes benchmarks/results/adaptive_cost.json
-    python -m benchmarks.adaptive_cost --quick   # two rounds, nothing written
+    python -m benchmarks.adaptive_cost                   # writes benchmarks/results/adaptive_cost.json
+    python -m benchmarks.adaptive_cost --model smollm2   # the real model; adaptive_cost_smollm2.json
+    python -m benchmarks.adaptive_cost --quick           # two rounds, nothing written
 
-A random GPT-2-124M shape in float32, every candidate in turn within each round, ratios round by round:
+A random GPT-2-124M shape in float32 unless another is named, every candidate in turn within each round, ratios round by
+round:
 
-* decode, batch 1: all tokens halt after 6 of 12 layers, under each K/V rule, against the ideal, which is a model of
-  6 layers; and against dense;
-* prefill of 1,023 tokens: three quarters of the tokens halt after 6 of 12 layers, against dense;
+* decode, batch 1: all tokens halt after half of the layers, under each K/V rule, against the ideal, which is a model of
+  that many layers; and against dense;
+* prefill of 1,023 tokens: three quarters of the tokens halt after half of the layers, against dense;
 * off: the engine's dense decoding against a plain scan that knows nothing of policies.
 
 Prediction, before the first run: decode 1.05 × ideal under `drop` and 1.2 × under `frozen` (keys and values are a sixth
@@ -28,7 +30,7 @@ import numpy as np
 
 from benchmarks.harness import interleaved, median_ratio, summary, write_result
 from benchmarks.peers import Generate, Prompts
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import NAMES, SHAPES, model_named
 from benchmarks.speed import seconds_per_step
 from qs_jax.adaptive.policy import Halting, KvRuleName, Policy
 from qs_jax.cache import allocate, append, segment
@@ -36,6 +38,7 @@ from qs_jax.engine.compilation import METER
 from qs_jax.generation import CHUNK, generate
 from qs_jax.lens import Lens, with_lens
 from qs_jax.model import Model
+from qs_jax.models import arrays_by_path, network_from_arrays
 from qs_jax.models.base import CausalLM
 
 INFINITY = float("inf")
@@ -44,23 +47,32 @@ LONG_PROMPT = 1023
 RULES: tuple[KvRuleName, ...] = ("drop", "zero", "frozen", "affine")
 
 
-def gpt2(layers: int) -> Model:
-    """The GPT-2-124M shape with another depth, and a lens that says nothing."""
-    model = random_model({**SHAPES["gpt2-124m"], "n_layer": layers}, f"random GPT-2 124M, {layers} layers")
-    maps, hidden = layers - 1, model.config.hidden_size
+def first_layers(model: Model, layers: int) -> Model:
+    """The model cut off after some layers, with a lens that says nothing."""
+    config = replace(model.config, num_hidden_layers=layers)
+    arrays = {path: a for path, a in arrays_by_path(model.network).items() if _layer_of(path) < layers}
+    model = replace(model, config=config, network=network_from_arrays(config, arrays, dtype=model.dtype))
+    maps, hidden = layers - 1, config.hidden_size
     shapes = (maps, hidden // 4, hidden), (maps, hidden, hidden // 4), (maps, hidden)
     lens = Lens(*(np.zeros(shape, np.float32) for shape in shapes))
     return replace(model, network=with_lens(model.network, lens))
 
 
-def half_depth(rule: KvRuleName) -> Policy:
-    """Every generated token stops after the sixth layer."""
-    return Policy(f"half depth, {rule}", decode_halting=Halting("random", INFINITY, layers=(6,)), kv_rule=rule)
+def _layer_of(path: str) -> int:
+    """The layer that an array belongs to; -1 for what is in none."""
+    kind, number, *_ = path.split(".")
+    return int(number) if kind == "blocks" else -1
 
 
-def quarter_of_the_prompt(rule: KvRuleName) -> Policy:
-    """A random quarter of the prompt goes on after the sixth layer."""
-    return Policy(f"quarter of the prompt, {rule}", prompt_halting=Halting("random", 0.75, layers=(6,)), kv_rule=rule)
+def half_depth(rule: KvRuleName, layer: int) -> Policy:
+    """Every generated token stops after the layer."""
+    return Policy(f"half depth, {rule}", decode_halting=Halting("random", INFINITY, layers=(layer,)), kv_rule=rule)
+
+
+def quarter_of_the_prompt(rule: KvRuleName, layer: int) -> Policy:
+    """A random quarter of the prompt goes on after the layer."""
+    halting = Halting("random", 0.75, layers=(layer,))
+    return Policy(f"quarter of the prompt, {rule}", prompt_halting=halting, kv_rule=rule)
 
 
 def side(model: Model, policy: Policy) -> Generate:
@@ -114,11 +126,12 @@ def plain_side(model: Model, capacity: int) -> Generate:
 
 
 def measure_decode(model: Model, half: Model, prompt: list[int], steps: int, rounds: int) -> dict[str, Any]:
+    middle = half.config.num_hidden_layers
     sides = {
         "dense": side(model, Policy.off()),
         "ideal": side(half, Policy.off()),
         "plain scan": plain_side(model, 256),
-        **{rule: side(model, half_depth(rule)) for rule in RULES},
+        **{rule: side(model, half_depth(rule, middle)) for rule in RULES},
     }
     compiled = {name: compiling(partial(run, [prompt], steps + 1)) for name, run in sides.items()}
     seconds = seconds_per_step(sides, [prompt], steps, rounds)
@@ -128,12 +141,13 @@ def measure_decode(model: Model, half: Model, prompt: list[int], steps: int, rou
         "speedup": {rule: median_ratio(seconds["dense"], seconds[rule]) for rule in RULES},
         "off_over_plain_scan": median_ratio(seconds["dense"], seconds["plain scan"]),
         "compilation": compiled,
-        "ledger": {rule: ledger(model, half_depth(rule), prompt, steps + 1) for rule in RULES},
+        "ledger": {rule: ledger(model, half_depth(rule, middle), prompt, steps + 1) for rule in RULES},
     }
 
 
 def measure_prefill(model: Model, prompt: list[int], rounds: int) -> dict[str, Any]:
-    policies: Mapping[str, Policy] = {"dense": Policy.off(), **{rule: quarter_of_the_prompt(rule) for rule in RULES}}
+    adaptive = {rule: quarter_of_the_prompt(rule, model.config.num_hidden_layers // 2) for rule in RULES}
+    policies: Mapping[str, Policy] = {"dense": Policy.off(), **adaptive}
     runs = {name: partial(side(model, policy), [prompt], 1) for name, policy in policies.items()}
     compiled = {name: compiling(run) for name, run in runs.items()}
     seconds = interleaved(runs, rounds)
@@ -141,7 +155,7 @@ def measure_prefill(model: Model, prompt: list[int], rounds: int) -> dict[str, A
         "prefill": {name: summary(values) for name, values in seconds.items()},
         "speedup": {rule: median_ratio(seconds["dense"], seconds[rule]) for rule in RULES},
         "compilation": compiled,
-        "ledger": {rule: ledger(model, quarter_of_the_prompt(rule), prompt, 1) for rule in RULES},
+        "ledger": {rule: ledger(model, policy, prompt, 1) for rule, policy in adaptive.items()},
     }
 
 
@@ -157,25 +171,29 @@ def table(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str:
     ideal, dense = (decode["step"][name]["median_ms"] for name in ("ideal", "dense"))
     whole = prefill["prefill"]["dense"]["median_ms"]
     lines.append(f"| dense | {dense:.1f} | {dense / ideal:.2f} × | 1 | {whole:.0f} | 1 |")
-    lines.append(f"| 6-layer model (ideal) | {ideal:.1f} | 1 | {ideal / dense:.2f} × | – | – |")
+    lines.append(f"| half of the layers (ideal) | {ideal:.1f} | 1 | {ideal / dense:.2f} × | – | – |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2-124m", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing written")
     arguments = parser.parse_args()
     steps, rounds = (CHUNK, 2) if arguments.quick else (CHUNK, 7)
-    model = gpt2(12)
+    named = model_named(arguments.model)
+    depth = named.config.num_hidden_layers
+    model = first_layers(named, depth)
     rng = np.random.default_rng(0)
     short, long = (rng.integers(0, model.config.vocab_size, n).tolist() for n in (PROMPT_TOKENS, LONG_PROMPT))
-    decode = measure_decode(model, gpt2(6), short, steps, rounds)
+    decode = measure_decode(model, first_layers(named, depth // 2), short, steps, rounds)
     prefill = measure_prefill(model, long, max(2, rounds // 2))
     print(table(decode, prefill))
     print(f"off: {decode['off_over_plain_scan']:.3f} × a plain scan without policies")
     if not arguments.quick:
-        settings = {"shape": SHAPES["gpt2-124m"], "dtype": "float32", "steps": steps, "rounds": rounds}
-        print(write_result("adaptive_cost", {"settings": settings, "decode": decode, "prefill": prefill}))
+        settings = {"model": arguments.model, "dtype": "float32", "steps": steps, "rounds": rounds}
+        name = "adaptive_cost" if arguments.model in SHAPES else f"adaptive_cost_{arguments.model}"
+        print(write_result(name, {"settings": settings, "decode": decode, "prefill": prefill}))
 
 
 if __name__ == "__main__":
