@@ -30,7 +30,7 @@ def write_report(paths: Mapping[str, Path]) -> None:
     """Put the block of every result that is there between its markers; a page without them is left as it is."""
     results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
     _fill(PAGE, {name: block(result) for name, result in results.items()})
-    _fill(README, {f"{n} texts": across(r, _SHOWN) for n, r in results.items() if r.get("texts")})
+    _fill(README, {f"{n} texts": across(r, _SHOWN) for n, r in results.items() if "table" in r})
 
 
 def write_presets(found: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 def across(result: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     """One row per policy and one column per text: by how many percent perplexity rises; work saved on the first."""
-    texts = {result["text"]: result, **result["texts"]}
+    texts = {result["text"]: result, **result.get("texts", {})}
     off = [f"{TEXTS[file]} ({judged['perplexity_off']:.2f})" for file, judged in texts.items()]
     lines = [f"| policy | FLOPs saved | cache slots saved | {' | '.join(off)} |", "|" + "---|" * (3 + len(off))]
     by_name = [{row["name"]: row for row in judged["table"]} for judged in texts.values()]
