@@ -188,6 +188,7 @@ class Policy:
         _require(is_whole(self.protect_first, 0), "protect_first", self.protect_first, "a whole number from 0")
         _require(is_whole(self.protect_last, 1), "protect_last", self.protect_last, "a whole number from 1")
         _require(isinstance(self.protect_special, bool), "protect_special", self.protect_special, "true or false")
+        _require(isinstance(self.probe, Probe), "probe", self.probe, "an object, or left out")
         if self.prompt_halting and "previous_entropy" in self.prompt_halting.sources:
             raise PolicyError(
                 "prompt_halting cannot use previous_entropy: prompt tokens have no step before; use entropy"

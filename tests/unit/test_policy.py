@@ -126,6 +126,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Policy(protect_last=0), "protect_last is 0"),
     (lambda: Policy(protect_special="yes"), "protect_special is 'yes'"),  # type: ignore[arg-type]
     (lambda: Policy(prompt_halting=Halting("previous_entropy")), "prompt_halting cannot use previous_entropy"),
+    (lambda: Policy.from_json({"format": 1, "probe": None}), "probe is None, expected an object, or left out"),
     (lambda: Policy.of("fast"), "policy is 'fast', expected one of off, paper, balanced"),
     (lambda: Policy.of(3), "policy is 3"),  # type: ignore[arg-type]
     (lambda: Policy.of("nowhere.json"), "nowhere.json: no such policy file"),
