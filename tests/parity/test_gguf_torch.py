@@ -137,5 +137,9 @@ def test_a_real_model() -> None:
     assert model.tokenizer.render_chat(chat) == theirs.apply_chat_template(
         chat, tokenize=False, add_generation_prompt=True
     )
-    out = qs_jax.generate(model, text[:200], max_new_tokens=8)
-    assert out.lengths == [8]
+    asked = model.tokenizer.encode_chat(chat)
+    with torch.inference_mode():
+        answer = reference.generate(torch.tensor([asked]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    ours = qs_jax.generate(model, [asked], max_new_tokens=12, do_sample=False)
+    assert ours.tokens[0] == answer[0, len(asked) :].tolist()[: ours.lengths[0]]
+    assert "Paris" in ours.texts[0]
