@@ -127,8 +127,11 @@ def bind(
     lacking = rule.lacks(planes=planes, lens=lens)
     if lacking and (prompt or decode):
         raise PolicyError(lacking)
+    halting = BoundHalting.bind(prompt, "prompt_halting", depth) if prompt else None
+    if prompt and prompt.layers is None and halting and rule.leaves_own and halting.layers[0] >= depth - 1:
+        halting = None  # of the last layer prompt tokens leave keys and values and no more, halted or not
     return BoundPolicy(
-        prompt_halting=BoundHalting.bind(prompt, "prompt_halting", depth) if prompt else None,
+        prompt_halting=halting,
         decode_halting=BoundHalting.bind(decode, "decode_halting", depth) if decode else None,
         fusion=BoundFusion.bind(policy.fusion, depth) if policy.fusion else None,
         precision=BoundPrecision.bind(policy.precision, depth) if policy.precision and planes else None,

@@ -24,10 +24,12 @@ class KvRule:
     Attributes:
         keeps_slots: whether a resting token takes a slot of the cache in deeper layers.
         keeps_running: whether halted tokens go on through all layers after all, at other bits.
+        leaves_own: whether a halted token leaves in the next layer what it would have left there anyway.
     """
 
     keeps_slots: bool = True
     keeps_running: bool = False
+    leaves_own: bool = False
 
     def lacks(self, *, planes: bool, lens: bool) -> str | None:
         """What of the model's it needs and misses, with advice; None where nothing is missing."""
@@ -93,6 +95,8 @@ class Drop(KvRule):
 class Frozen(KvRule):
     """Keys and values projected from the token's last state."""
 
+    leaves_own = True
+
     def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
         return block.kv(hidden_states, positions)
 
@@ -126,6 +130,7 @@ class Shallow(Frozen):
     precision ladder, not a stop. Of a prompt's last layer it leaves keys and values alone, as every token does."""
 
     at_most: int
+    leaves_own = False
 
     keeps_running = True
 

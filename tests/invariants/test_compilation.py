@@ -1,5 +1,6 @@
 """Nothing compiles twice, and every jitted program lowers for cpu, cuda and tpu."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import qs_jax
+from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision
 from qs_jax.engine.compilation import METER
 from qs_jax.model import Model
 from tests.recording import Call, jitted_programs, recorded
@@ -45,7 +47,10 @@ def sampled(model: Model) -> None:
 def adaptive(model: Model) -> None:
     """All four mechanisms."""
     qs_jax.generate(quantised(model), PROMPTS, max_new_tokens=40, policy="paper")
-    qs_jax.generate(quantised(model), PROMPTS, max_new_tokens=40, policy="balanced")
+    stop = Halting("relative_drift", math.inf, layers=(1,))
+    sure = Precision("previous_entropy", four_below=0.5, layer=0)
+    policy = Policy("stop", prompt_halting=stop, fusion=Fusion("cosine", 0.05, layers=(1,)), precision=sure)
+    qs_jax.generate(quantised(model), PROMPTS, max_new_tokens=40, policy=policy)
 
 
 SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive}
