@@ -40,7 +40,7 @@ def test_the_table_has_every_combination_and_what_they_must_beat(folder: Path) -
     assert rows["precision"]["perplexity"] == rows["none"]["perplexity"]  # these weights cannot be read at fewer bits
     assert rows["halting"]["flops_reduction"] > rows["none"]["flops_reduction"]
     assert rows["halting + kv_skipping"]["kv_reduction"] > rows["halting"]["kv_reduction"]
-    assert {row["kind"] for row in result["table"]} == {"off", "ablation", "calibrated", "baseline"}
+    assert {row["kind"] for row in result["table"]} == {"off", "ablation", "preset", "calibrated", "baseline"}
     for row in result["table"]:
         low, high = row["perplexity_increase_interval"]
         assert low - 1e-9 <= row["perplexity_increase"] <= high + 1e-9
