@@ -30,7 +30,7 @@ def write_report(paths: Mapping[str, Path]) -> None:
     """Put the block of every result that is there between its markers; a page without them is left as it is."""
     results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
     _fill(PAGE, {name: block(result) for name, result in results.items()})
-    _fill(README, {f"{n} texts": across(r, _SHOWN) for n, r in results.items() if "table" in r})
+    _fill(README, {f"{n} texts": across(r if "table" in r else r["every_token"], _SHOWN) for n, r in results.items()})
 
 
 def write_presets(found: Mapping[str, Any]) -> None:
