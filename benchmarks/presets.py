@@ -31,15 +31,18 @@ from benchmarks.quality import C4, Study, documents_of, quantised, studies
 from benchmarks.quality_report import write_presets
 from qs_jax.adaptive.policy import Fusion, Halting, KvRuleName, Policy, Precision
 from qs_jax.console import progress, reporting_errors
+from qs_jax.evaluation.ablation import PRESETS, policy_row
 from qs_jax.evaluation.perplexity import run
-from qs_jax.evaluation.statistics import summary
+from qs_jax.evaluation.scoring import OFF
 from qs_jax.evaluation.windows import Plan, cut
 from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.request import bind_policy
 
-PRESETS = ("paper", "balanced")
-_KEPT = ("perplexity", "perplexity_off", "perplexity_increase", "perplexity_increase_interval", "windows")
+_KEPT = (
+    *("perplexity", "perplexity_off", "perplexity_increase", "perplexity_increase_interval", "windows"),
+    *("flops_reduction", "bytes_reduction", "kv_reduction"),
+)
 
 
 def second_text(chosen: Study) -> tuple[str, str]:
@@ -57,24 +60,14 @@ def loaded(chosen: Study) -> Model:
 
 
 def costs(model: Model, documents: list[str], policies: dict[str, Policy], plan: Plan) -> dict[str, dict[str, Any]]:
-    """What every policy costs and saves on a text; increases are shares of the dense model's perplexity."""
+    """What every policy costs and saves on a text."""
     windows = cut(model, documents, plan)
     bound = {name: bind_policy(model, policy) for name, policy in policies.items()}
     size = sum(window.scored_bytes for window in windows)
     with progress("scoring", -(-len(windows) // plan.batch) * (len(bound) + 1)) as advance:
         scores = run(model, windows, bound, plan, advance)
-    found = {}
-    for name in policies:
-        row = summary(scores[name], scores["off"], size)
-        dense, interval = row["perplexity_off"], row["perplexity_increase_interval"]
-        found[name] = {key: row[key] for key in _KEPT} | {
-            "increase_share": row["perplexity_increase"] / dense,
-            "increase_share_interval": interval and [end / dense for end in interval],
-            "flops_reduction": row["ledger"]["flops_reduction"],
-            "bytes_reduction": row["ledger"]["bytes_reduction"],
-            "kv_reduction": 1 - row["ledger"]["kv_slots"] / row["ledger"]["kv_slots_off"],
-        }
-    return found
+    rows = {name: policy_row(name, "preset", p, scores[name], scores[OFF], size) for name, p in policies.items()}
+    return {name: {key: row[key] for key in _KEPT} for name, row in rows.items()}
 
 
 def judged(name: str, chosen: Study, plan: Plan) -> Iterator[dict[str, Any]]:
@@ -137,12 +130,12 @@ def main() -> None:
             chosen = studies()[name]
             plan = Plan(max_tokens=512 if arguments.quick else chosen.scored_tokens)
             facts = {"date": environment()["date"], "device": environment()["device"]}
-            if arguments.search and str(chosen.model) == real_model.NAME:
-                found["search"] = {**found.get("search", {}), name: {**facts, **search(name, chosen, plan)}}
-            if not arguments.search:
-                rows = list(judged(name, chosen, plan))
-                found["judged"] = {**found.get("judged", {}), name: {**facts, "rows": rows}}
-            print(json.dumps(found.get("search" if arguments.search else "judged", {}).get(name), indent=1), flush=True)
+            if arguments.search and str(chosen.model) != real_model.NAME:
+                continue
+            kind = "search" if arguments.search else "judged"
+            new = search(name, chosen, plan) if arguments.search else {"rows": list(judged(name, chosen, plan))}
+            found[kind] = {**found.get(kind, {}), name: {**facts, **new}}
+            print(json.dumps(found[kind][name], indent=1), flush=True)
             if not arguments.quick:
                 print(write_result("presets", found))
 

@@ -106,7 +106,7 @@ def studies() -> dict[str, Study]:
         lens=((WIKITEXT_TRAIN, ":500"), (C4, ":300")),
         calibration=((WIKITEXT_TRAIN, "500:"), (C4, "300:600")),
         texts=((WIKITEXT, ":"), (C4, "600:"), (NOVELS, "-3:"), (STORIES, "600:")),
-        scored_tokens=2560,
+        scored_tokens=5120,
         calibration_tokens=6144,
     )
     return {
@@ -190,8 +190,9 @@ def _judged(
     """All that `qs-jax eval --ablate` reports of the first text, in one protocol; under `texts` of the others, of which
     half as much is scored."""
     half = replace(plan, max_tokens=plan.max_tokens // 2)
-    plans = {part[0]: half if number else plan for number, part in enumerate(chosen.texts)}
-    windows = {part[0]: cut(model, documents_of((part,)), plans[part[0]]) for part in chosen.texts}
+    windows = {
+        part[0]: cut(model, documents_of((part,)), half if number else plan) for number, part in enumerate(chosen.texts)
+    }
     with progress(name, _PASSES * len(windows)) as advance:
         found = calibrated_on(
             model,
@@ -252,25 +253,26 @@ def measure(arguments: argparse.Namespace) -> None:
     plan, tokens = Plan(max_tokens=chosen.scored_tokens), chosen.calibration_tokens
     if arguments.quick:
         plan, tokens = replace(plan, max_tokens=512), 2048
-    path = RESULTS / f"quality_{name}.json"
-    result = json.loads(path.read_text("utf-8")) if path.is_file() and arguments.protocol else {}
-    subject = Subject.of(name, chosen)
+    subject, found, runs = Subject.of(name, chosen), {}, {}
     for protocol in [arguments.protocol] if arguments.protocol else PROTOCOLS:
         started = perf_counter()
-        result |= PROTOCOLS[protocol](subject, chosen, plan, tokens)
-        took = {"seconds": round(perf_counter() - started, 1), "environment": environment()}
-        result["runs"] = {**result.get("runs", {}), protocol: took}
-    print(table(result if "table" in result else result["every_token"]))
+        found |= PROTOCOLS[protocol](subject, chosen, plan, tokens)
+        runs[protocol] = {"seconds": round(perf_counter() - started, 1), "environment": environment()}
+    judged = [one for one in (found, found.get("every_token", {})) if "table" in one]
+    print(table(judged[0]))
     if arguments.html:
-        write_whole(arguments.html, render([result, result["every_token"]]))
+        write_whole(arguments.html, render(judged))
     if arguments.quick:
         return
     settings = {"calibration": chosen.calibration, "texts": chosen.texts, "calibration_tokens": tokens}
     settings |= {"lens": chosen.lens, "lens_tokens": LENS_TOKENS}
-    result.pop("environment", None)
-    print(write_result(f"quality_{name}", {**result, "settings": settings}))
+    path = RESULTS / f"quality_{name}.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() and arguments.protocol else {}
+    before.pop("environment", None)
+    runs = {**before.get("runs", {}), **runs}
+    print(write_result(f"quality_{name}", {**before, **found, "settings": settings, "runs": runs}))
     if arguments.ship:
-        calibrated = result["calibrated"][BUDGETS.index(MAIN_BUDGET)]
+        calibrated = found["calibrated"][BUDGETS.index(MAIN_BUDGET)]
         Policy.from_json(calibrated["policy"]).save(Path(chosen.model) / "policy.json")
         subject.lens.save(Path(chosen.model) / LENS_FILE)
 

@@ -143,11 +143,11 @@ def across(result: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _percent(row: Mapping[str, Any]) -> str:
+def _percent(row: Mapping[str, Any], digits: int = 1) -> str:
     """An increase in percent of the dense model's perplexity, and its interval."""
-    dense = row["perplexity"] - row["perplexity_increase"]
-    low, high = row["perplexity_increase_interval"]
-    return f"{row['perplexity_increase'] / dense:+.1%} ({low / dense:+.1%}, {high / dense:+.1%})"
+    dense, ends = row["perplexity"] - row["perplexity_increase"], row["perplexity_increase_interval"]
+    rise, low, high = (f"{value / dense:+.{digits}%}" for value in (row["perplexity_increase"], *ends))
+    return f"{rise} ({low}, {high})"
 
 
 def _bfloat16(texts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -158,14 +158,15 @@ def _bfloat16(texts: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def presets(found: Mapping[str, Any]) -> str:
+def presets(judged: Mapping[str, Any]) -> str:
     """What every preset costs on every model and text."""
-    rows = [row for one in found["judged"].values() for row in one["rows"]]
+    rows = [row for one in judged["judged"].values() for row in one["rows"]]
     names = list(rows[0]["presets"])
     titles = [f"`{name}` {what}" for name in names for what in ("costs", "saves of FLOPs")]
     lines = [f"| model | text | {' | '.join(titles)} |", "|" + "---|" * (2 + len(titles))]
     for row in rows:
-        cells = [cell for name in names for cell in _cost(row["presets"][name])]
+        found = [row["presets"][name] for name in names]
+        cells = [cell for one in found for cell in (_percent(one, 2), _share(one["flops_reduction"]))]
         lines.append(f"| {row['model']} | {TEXTS.get(row['text'], row['text'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -179,14 +180,9 @@ def candidates(search: Mapping[str, Any]) -> str:
     lines.append("|" + "---|" * (4 + len(texts)))
     for name, row in first.items():
         saved = (_share(row[key]) for key in ("flops_reduction", "bytes_reduction", "kv_reduction"))
-        cells = (_cost(one["candidates"][name])[0] for one in texts.values())
+        cells = (_percent(one["candidates"][name], 2) for one in texts.values())
         lines.append(f"| {name} | {' | '.join(saved)} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
-    low, high = row["increase_share_interval"]
-    return f"{row['increase_share']:+.2%} ({low:+.2%}, {high:+.2%})", _share(row["flops_reduction"])
 
 
 def _share(value: float) -> str:

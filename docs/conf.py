@@ -41,7 +41,9 @@ def outside_links(app: Sphinx, document: nodes.document) -> None:
         if link.get("reftype") != "myst":
             continue
         suffix = ".md" if link.get("refdomain") == "doc" else ""
-        path = Path(app.env.doc2path(app.env.docname)).parent / f"{link['reftarget']}{suffix}"
+        page, name = Path(app.env.doc2path(app.env.docname)), f"{link['reftarget']}{suffix}"
+        # the first page includes the beginning of README, which lies one folder up
+        path = page.parent / name if page.stem != "index" or (page.parent / name).exists() else page.parents[1] / name
         if path.is_dir():
             link.replace_self(link.children)
         elif path.is_file() and not path.resolve().is_relative_to(app.srcdir):

@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all, and small JSON files."""
+"""Files that appear whole or not at all, small JSON files, and where what can be made again is kept."""
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,11 @@ class ModelFiles(Protocol):
     """A model's folder, or what stands for one: its small files by name. Its `str` is what the user gave."""
 
     def __truediv__(self, name: str, /) -> SmallFile: ...
+
+
+def cache_folder() -> Path:
+    """Ours in the user's cache folder: `$XDG_CACHE_HOME`, or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qs_jax"
 
 
 def read_json(path: SmallFile) -> dict[str, Any]:

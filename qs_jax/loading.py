@@ -13,7 +13,7 @@ from convert.source import locate
 from qs_jax.choices import DTYPES, not_among
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
-from qs_jax.files import ModelFiles
+from qs_jax.files import ModelFiles, cache_folder
 from qs_jax.generation_defaults import read_generation_defaults
 from qs_jax.model import Model
 from qs_jax.tokenizer import Tokenizer
@@ -89,5 +89,4 @@ def _use_compilation_cache() -> None:
     wanted = os.environ.get(_CACHE_SWITCH, "")
     if wanted.lower() == "off" or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", wanted or str(home / "qs_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", wanted or str(cache_folder() / "xla"))

@@ -102,9 +102,9 @@ def ablate(
         scores |= _scores(model, windows, {policy.name: policy for policy in random}, plan, advance)
         kinds |= {policy.name: ("baseline", policy) for policy in random}
     total = sum(window.scored_bytes for window in windows)
-    rows = [_row(name, kind, policy, scores[name], scores[OFF], total) for name, (kind, policy) in kinds.items()]
+    rows = [policy_row(name, kind, policy, scores[name], scores[OFF], total) for name, (kind, policy) in kinds.items()]
     return {
-        "table": [_row("off", "off", Policy.off(), scores[OFF], scores[OFF], total), *rows],
+        "table": [policy_row("off", "off", Policy.off(), scores[OFF], scores[OFF], total), *rows],
         "subject": subject.to_json(),
         "oracle": oracle(model, windows),
         "calibrated": [one.to_json() for one in calibrated],
@@ -127,7 +127,10 @@ def _identity(bound: BoundPolicy) -> str:
     return repr((structure, [np.asarray(leaf).tolist() for leaf in thresholds]))
 
 
-def _row(name: str, kind: str, policy: Policy, scores: Scores, dense: Scores, scored_bytes: int) -> dict[str, Any]:
+def policy_row(
+    name: str, kind: str, policy: Policy, scores: Scores, dense: Scores, scored_bytes: int
+) -> dict[str, Any]:
+    """A row of the table; `scores` and `dense` are of windows with so many UTF-8 bytes of scored text."""
     found = summary(scores, dense, scored_bytes)
     ledger = found["ledger"]
     return {

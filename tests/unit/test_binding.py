@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qs_jax.adaptive.binding import BoundPolicy, bind, dense
-from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision
+from qs_jax.adaptive.policy import Fusion, Halting, KvRuleName, Policy, Precision
 from qs_jax.config import ModelConfig
 from qs_jax.errors import PolicyError
 from tests.tiny import tiny_model
@@ -126,3 +126,17 @@ def test_what_the_model_has_no_means_for_is_refused(policy: Policy, planes: bool
     with pytest.raises(PolicyError, match=re.escape(message)) as caught:
         bound(policy, planes=planes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kv_rule", ["frozen", "affine", "shallow", "zero", "drop"])
+def test_a_share_of_the_depth_binds_no_stop_of_the_prompt_that_would_save_nothing(kv_rule: KvRuleName) -> None:
+    """After the last layer but one, where a prompt token leaves in the last what it would have left anyway."""
+    policy = Policy(prompt_halting=Halting(thresholds=math.inf, start=0.93, step=1000), kv_rule=kv_rule)
+
+    def stops(policy: Policy, depth: int) -> tuple[int, ...]:
+        halting = bind(policy, config_of(depth), planes=True, lens=True).prompt_halting
+        return halting.layers if halting else ()
+
+    assert stops(policy, 12) == (() if kv_rule in ("frozen", "affine") else (11,))
+    assert stops(policy, 30) == (28,)
+    assert stops(replace(policy, prompt_halting=Halting(layers=(11,))), 12) == (11,)

@@ -95,7 +95,8 @@ def test_texts_stand_side_by_side_in_percent_of_each_ones_perplexity() -> None:
 
 
 def test_what_presets_cost_is_a_row_per_model_and_text() -> None:
-    cost = {"increase_share": 0.005, "increase_share_interval": [-0.001, 0.011], "flops_reduction": 0.026}
+    cost = {"perplexity": 20.1, "perplexity_increase": 0.1, "perplexity_increase_interval": [-0.02, 0.22]}
+    cost |= {"flops_reduction": 0.026}
     row = {"model": "smollm2", "text": "c4-sample.jsonl", "presets": {"balanced": cost}}
     assert presets({"judged": {"smollm2": {"rows": [row]}}}).splitlines()[-1] == (
         "| smollm2 | C4 | +0.50% (-0.10%, +1.10%) | 2.6% |"

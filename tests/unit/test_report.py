@@ -137,3 +137,12 @@ def test_nothing_has_no_sign() -> None:
     study["table"].append(scored("shaved", "baseline", -1e-6, -1e-6))
     assert "-0.0 %" not in render([study])
     assert "−0.000" not in render([study])
+
+
+def test_no_kind_of_row_is_left_out_and_each_has_a_colour() -> None:
+    rows = [scored(f"one {kind}", kind, 0.1, 0.1) for kind in ("off", "ablation", "preset", "calibrated", "baseline")]
+    page = render([{**result(), "table": rows}])
+    for row in rows:
+        assert f'<span class="{row["kind"]}">●</span> {row["name"]}</td>' in page
+        assert f'<g class="{row["kind"]}">' in page
+        assert f".{row['kind']} {{ fill: var(--{row['kind']})" in page
