@@ -1,9 +1,13 @@
 """What do 8, 4 and 2 bits cost in perplexity, by which method, and what does it cost that all three are one code?
 
-    python -m benchmarks.quantization stories3M babyllama105 gpt2 llama  # results/quantization_NAME.json each
+    python -m benchmarks.quantization smollm2    # the real model, see benchmarks/conversions.py
+    python -m benchmarks.quantization requests   # what requests to it need, into the same result
+    python -m benchmarks.quantization stories3M babyllama105 gpt2 llama      # small ones, quick checks
     python -m benchmarks.quantization kernels    # SQNR of the real GPT-2 124M attention kernels, no perplexity
     python -m benchmarks.quantization --report   # docs/quantization.md and .png from the results there are
-    python -m benchmarks.quantization stories3M --methods rtn gptq       # only these rows, the others stay
+    python -m benchmarks.quantization stories3M --methods rtn gptq         # only these rows, the others stay
+
+Each writes benchmarks/results/quantization_NAME.json.
 
 Fitted on training text, judged on other text (the documents of benchmarks/quality.py), every document from its start.
 All kernels of all blocks are quantised, group 64; embedding and head stay dense. `independent` fits one model for each
@@ -27,12 +31,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file
 
-from benchmarks import real_model
+from benchmarks import conversions, real_model
 from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.judged_text import perplexity, scored_text, scored_tokens
 from benchmarks.quality import documents_of, studies
 from benchmarks.quantization_report import write_report
 from convert.calibrated import Calibration
@@ -46,14 +50,11 @@ from qs_jax.kernels import at_bits, has_planes, is_nested
 from qs_jax.loading import load
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.model import Model
-from qs_jax.models import CausalLM, arrays_by_path, forward, network_from_arrays
+from qs_jax.models import CausalLM, arrays_by_path, network_from_arrays
 from reference_models.data import text_folder
 
 GROUP = 64
 CALIBRATION_TOKENS = 8192
-SCORED_TOKENS = 8192
-WINDOW = 256
-BATCH = 8
 SHIFT, MATQUANT = "plain shift", "MatQuant rounding"
 FITS: dict[str, Fit] = {
     "rtn": Fit("rtn", GROUP),
@@ -75,6 +76,7 @@ INDEPENDENT = {
 ROTATED = {f"{name}, rotated": FITS[name] for name in ("rtn", "gptq, companded", "gptq+tune, companded")}
 """Fits of the model with its heads turned: see `rotated`."""
 ROWS = (SHIFT, MATQUANT, *FITS, *INDEPENDENT, *ROTATED)
+_REQUESTS = "requests"
 
 Weights = Float[Array, "outputs inputs"]
 Networks = dict[int, CausalLM]
@@ -158,43 +160,6 @@ def rotated(model: Model) -> Model:
     return replace(model, network=network_from_arrays(config, arrays, dtype=model.dtype))
 
 
-@jax.jit
-def _nats(network: CausalLM, tokens: Int[Array, "batch window"], scored: Bool[Array, "batch window"]) -> Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(forward(network, tokens[:, :-1]), tokens[:, 1:])
-    return jnp.where(scored[:, 1:], losses, 0.0).sum()
-
-
-Text = tuple[Int[np.ndarray, "rows window"], Bool[np.ndarray, "rows window"]]
-
-
-def perplexity(network: CausalLM, text: Text) -> float:
-    """Per token, every document from its start and up to one window of it."""
-    tokens, scored = text
-    pieces = range(0, len(tokens), BATCH)
-    nats = sum(float(_nats(network, tokens[i : i + BATCH], scored[i : i + BATCH])) for i in pieces)
-    return math.exp(nats / scored[:, 1:].sum())
-
-
-def scored_text(model: Model, documents: Sequence[str]) -> Text:
-    """Documents cut to one window and padded, until there are tokens enough; a multiple of the batch."""
-    assert model.tokenizer is not None
-    window = min(WINDOW, model.config.max_position_embeddings)
-    starts = [t for t in (model.config.bos_token_id, *model.config.eos_token_ids) if t is not None][:1]
-    tokens: list[np.ndarray] = []
-    scored: list[np.ndarray] = []
-    for document in documents:
-        ids = model.tokenizer.encode(document)
-        ids = (ids if ids[:1] == starts else starts + ids)[:window]
-        tokens.append(np.pad(np.asarray(ids, np.int32), (0, window - len(ids))))
-        scored.append(np.arange(window) < len(ids))
-        if sum(map(np.sum, scored)) >= SCORED_TOKENS:
-            break
-    missing = -len(tokens) % BATCH
-    tokens += [tokens[0]] * missing
-    scored += [np.zeros(window, bool)] * missing
-    return np.stack(tokens), np.stack(scored)
-
-
 def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Perplexity of a model at every precision, beside the dense model's; once more after every row."""
     chosen = studies()[name]
@@ -214,7 +179,7 @@ def study(name: str, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
     }
     result: dict[str, Any] = {
         "model": name,
-        "tokens_scored": int(text[1][:, 1:].sum()),
+        "tokens_scored": scored_tokens(text),
         "calibration_tokens": calibration.tokens.size,
         "dense": perplexity(model.network, text),
         "rows": {},
@@ -280,19 +245,31 @@ def _read_at(weights: Weights, coded: tuple[Array, Grid], bits: int) -> Weights:
 
 
 def merged(name: str, result: dict[str, Any]) -> dict[str, Any]:
-    """The result with the rows of an earlier call that this one did not run; none where the model itself differs."""
+    """The result with what an earlier call found and this one did not run; no rows where the model itself differs."""
     path: Path = RESULTS / f"quantization_{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    if "rows" not in result:
+        return {**before, **result}
     same = math.isclose(before.get("dense", 0.0), result["dense"], rel_tol=1e-6)
     rows = {**(before["rows"] if same else {}), **result["rows"]}
-    return {**before, **result, "rows": {row: rows[row] for row in ROWS if row in rows}}
+    order = conversions.ROWS if name == conversions.NAME else ROWS
+    return {**before, **result, "rows": {row: rows[row] for row in order if row in rows}}
+
+
+def found(name: str, methods: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """What is found about a model, once more after every row."""
+    if name == _REQUESTS:
+        return conversions.requests(real_model.folder())
+    if name == conversions.NAME:
+        return conversions.study(real_model.folder(), methods or list(conversions.ROWS))
+    return study(name, methods or ROWS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = sorted(name for name, chosen in studies().items() if not chosen.planes)
-    parser.add_argument("models", nargs="*", choices=[*models, "kernels", []])
-    parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
+    models = sorted(name for name, chosen in studies().items() if not chosen.planes and name != conversions.NAME)
+    parser.add_argument("models", nargs="*", choices=[conversions.NAME, _REQUESTS, *models, "kernels", []])
+    parser.add_argument("--methods", nargs="+", choices=sorted({*ROWS, *conversions.ROWS}), help="only these rows")
     parser.add_argument("--report", action="store_true", help="write docs/quantization.md and .png, after what is run")
     arguments = parser.parse_args(argv)
     with reporting_errors(debug=True):
@@ -300,9 +277,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name == "kernels":
                 print(write_result("quantization_kernels", kernel_study()))
             else:
-                for result in study(name, arguments.methods):
-                    whole = merged(name, result)
-                    write_result(f"quantization_{name}", {k: v for k, v in whole.items() if k != "environment"})
+                model = conversions.NAME if name == _REQUESTS else name
+                for result in found(name, arguments.methods):
+                    whole = merged(model, result)
+                    write_result(f"quantization_{model}", {k: v for k, v in whole.items() if k != "environment"})
         if arguments.report:
             write_report()
 

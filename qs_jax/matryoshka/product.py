@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from qs_jax.matryoshka.slices import Slice
 from qs_jax.matryoshka.streaming import FEW_ROWS, SOME_ROWS, multiply_groups, multiply_streams
+from qs_jax.outline import outlined
 
 Rows = Float[Array, "rows padded_inputs"]
 Result = Float[Array, "rows outputs"]
@@ -24,8 +25,11 @@ def multiply(x: Rows, codes: Slice) -> Result:
     streamed = SOME_ROWS if x.dtype == jnp.float32 else FEW_ROWS
     if x.shape[1] * codes.outputs < _LARGE or x.shape[0] > streamed:
         return _multiply(x, codes)
-    stream = multiply_streams if x.shape[0] <= FEW_ROWS else multiply_groups
+    stream = _streams if x.shape[0] <= FEW_ROWS else multiply_groups
     return jax.lax.platform_dependent(x, codes, cpu=stream, default=_multiply)
+
+
+_streams = outlined(multiply_streams)
 
 
 def _multiply(x: Rows, codes: Slice) -> Result:

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qs_jax
 from qs_jax.adaptive.costs import Costs
 from qs_jax.choices import BITS
 from qs_jax.fitting.rounding import round_to_nearest
 from qs_jax.kernels import at_bits, has_planes, is_nested, plane_bytes, weights
+from qs_jax.matryoshka import product
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.model import Model
 from qs_jax.models import forward
@@ -50,6 +52,32 @@ def test_weights_are_not_written_out_before_they_are_needed() -> None:
     memory = jax.jit(chain).lower(kernels, x).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 3 * 4 * kernel.size
+
+
+def test_equal_products_with_large_kernels_are_in_a_program_once() -> None:
+    """Each would take half a second to compile, and megabytes; only the CPU reads them so."""
+    kernels = [random_kernel(1024, 512) for _ in range(3)]
+
+    def products(kernels: list[NestedKernel], x: jax.Array) -> list[jax.Array]:
+        return [kernel.matmul(x) for kernel in kernels]
+
+    traced = jax.jit(products).trace(kernels, jnp.ones((1, 512)))
+    on_cpu, elsewhere = (str(traced.lower(lowering_platforms=(name,)).as_text()) for name in ("cpu", "cuda"))
+    assert on_cpu.count("func.func private @multiply_streams") == 1
+    assert on_cpu.count('inlineable = "false"') == 3
+    assert "inlineable" not in elsewhere
+
+
+@pytest.mark.parametrize("policy", ["balanced", "paper"])
+def test_products_may_stand_wherever_a_policy_puts_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In spans that are skipped, on gathered rows, at several precisions: large kernels give what small ones give."""
+    model, tokens = quantised(tiny_model("llama", 3)), []
+    for large in (2**19, 0):
+        monkeypatch.setattr(product, "_LARGE", large)
+        jax.clear_caches()
+        tokens.append(qs_jax.generate(model, PROMPTS, max_new_tokens=12, policy=policy).tokens)
+    jax.clear_caches()
+    assert tokens[0] == tokens[1]
 
 
 def test_rows_of_mixed_precision_equal_each_row_alone() -> None:
