@@ -105,9 +105,12 @@ def page(
     overhead: dict[str, Any] | None,
     scaling: dict[str, Any] | None,
     profiles: dict[str, Any] | None = None,
+    starts: dict[str, Any] | None = None,
 ) -> str:
     """docs/speed.md."""
     parts = [_INTRODUCTION, *(section(result) for result in results)]
+    if starts:
+        parts.append(starting(starts["rows"]))
     if overhead:
         host, share, cpu = overhead["host_per_chunk"]["median_ms"], overhead["share"], overhead["environment"]["cpu"]
         parts.append(
@@ -122,6 +125,16 @@ def page(
     if profiles:
         parts.append(_profiled(profiles["profiles"]))
     return "\n".join([*parts, _TRIED])
+
+
+def starting(rows: dict[str, Any]) -> str:
+    """What a whole process takes, and its phases where it is ours."""
+    lines = [_STARTING, f"| | {' | '.join(_PHASES.values())} |", "|" + "---|" * (len(_PHASES) + 1)]
+    for name, row in rows.items():
+        for side, seconds in row["sides"].items():
+            cells = [f"{seconds[phase]:.2f}" if phase in seconds else "–" for phase in _PHASES]
+            lines.append(f"| {name}, {side}, {row['cpu']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _profiled(profiles: dict[str, Any]) -> str:
@@ -156,6 +169,22 @@ Against what a user would run instead, on the same weights, greedily, all cores,
 measure, `python -m benchmarks.speed_report` writes this page.
 
 ![speed](speed.png)
+"""
+
+_PHASES = {
+    "whole_s": "whole process, s",
+    "imports_s": "imports",
+    "load_s": "loading",
+    "prefill_s": "prompt",
+    "decode_s": "29 steps",
+    "trace_s": "tracing",
+    "compile_s": "compiling",
+}
+_STARTING = """## Starting
+
+`python -m benchmarks.start`: `qs-jax generate` of 30 tokens from the shell, with nothing compiled (cold) and with the
+compilation cache that leaves (warm), and transformers, one process each, in turn, medians. Tracing and compiling (or
+loading what was compiled) are part of the prompt's time and of the steps'.
 """
 
 _LONGEST = 8
@@ -249,6 +278,23 @@ the request of `prefill`.
   alone took 1.9 ms against 2.2 in a scratch script on a busy machine. A whole model was still compiling after six
   minutes (its program holds every row's loop) and was given up. Codes of all places of a block side by side, so that
   one product needs neither scale nor offset: 5.0 ms against 2.2 in the same script.
+* **Starting** (`python -m benchmarks.start`, before and after on a quiet EPYC): 14.2 s cold and 7.6 warm,
+  transformers 6.5. Half of loading traced random initialisers that nobody runs: 3.0 s to 0.7. A dense request ran
+  eighteen programs, of which fifteen embedded, allocated, cast or took logits; now three. Equal layers were traced
+  and lowered thirty times: 2.4 s to 0.5, and XLA compiles what is traced once in less time too. Expected: 5 s warm.
+  Outcome: 5.0, and 10.8 cold. Not reached: 4 and 10. Of the 5.0, imports take 0.9 (jax alone 0.6), loading two
+  compiled programs of some 600 kernels each 1.2, the tokens themselves 0.9, and half a second goes by after the last
+  token, while the process gives its memory back.
+* **One row of bfloat16 without AMX.** On an EPYC with AVX-512 a step of SmolLM2-135M takes 34 ms in bfloat16 and 25
+  in float32, though it reads half: YNNPACK's kernels reach 5 to 11 GB/s of 26. A loop of our own, in which every 16th
+  input goes into the same lane, reads them at 16 to 24 once the weights are given as integers (a view of the same
+  memory: what is made of narrow floats in a loop is written out before it, at 1 to 2 GB/s) and the terms of an output
+  are written out, up to 36 of them (with 8 or 12 and more lanes: 63 to 76 ms). Expected: 17 ms a step. Outcome: 22.1,
+  and 17 s to compile against 4.5, which 1,000 tokens earn back. Not used; scratch script.
+* **Equal layers as one compiled unit** (`outline.py`), with what a layer returns packed into one array: expected to
+  compile in a tenth of the time. 4.5 s against 5.4, and nothing when loaded from the cache: XLA compiles equal
+  kernels once either way, and clones the rest. Compiler options: without fusion emitters 17.7 s in place of 7.2,
+  without the expensive passes of LLVM 9.0, its split count nothing. Not used.
 * **Whole requests of the reference models**: calibration saves the prompt's work only. Of a dense Llama request of 284
   ms the prompt takes 100, so that 1.5 times would be out of reach if the prompt cost next to nothing (1.54), while no
   generated token may stop early within +0.2. Codes do not help models of 256 to 320: their kernels are too small to be
@@ -261,7 +307,7 @@ def documents() -> dict[Path, str]:
     results, readme = measured(), ROOT / "README.md"
     table = headline([result for result in results if result["model"] == "gpt2-124m"])
     return {
-        DOCS / "speed.md": page(results, *map(read, ("host_overhead", "scaling", "step_profile"))),
+        DOCS / "speed.md": page(results, *map(read, ("host_overhead", "scaling", "step_profile", "start"))),
         readme: with_headline(readme.read_text("utf-8"), table),
     }
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from convert.parts import Parts, hf_config, stored_as
 from convert.source import source_of
-from qs_jax.checkpoint import is_converted, part_of, read_manifest, read_part
+from qs_jax.checkpoint import is_converted, read_manifest, read_parts
 from qs_jax.config import ModelConfig
 from qs_jax.files import ModelFiles
 from qs_jax.lens import LENS_FILE, Lens, with_lens
@@ -46,10 +47,7 @@ def _read_converted(
     kernels = from_manifest(read_manifest(folder, verify=checksums).get("quantization"), str(folder))
     config = hf_config(folder, notes)
     shapes = expand(abstract_arrays(config, dtype=dtype), kernels, str(folder))
-    arrays: dict[str, Any] = {}
-    for part in sorted({part_of(path) for path in shapes}):
-        arrays |= read_part(folder, part, {path: s for path, s in shapes.items() if part_of(path) == part})
-    return config, collect(arrays, kernels, dtype)
+    return config, collect(read_parts(folder, shapes), kernels, dtype)
 
 
 def _read_source(files: ModelFiles, dtype: jnp.dtype, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -57,5 +55,5 @@ def _read_source(files: ModelFiles, dtype: jnp.dtype, notes: list[str]) -> tuple
     notes += parts.notes
     arrays: dict[str, Any] = {}
     for _, part in parts:
-        arrays |= {path: jnp.asarray(stored_as(array, dtype, path)) for path, array in part.items()}
+        arrays |= jax.device_put({path: stored_as(array, dtype, path) for path, array in part.items()})
     return parts.config, arrays

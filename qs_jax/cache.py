@@ -97,6 +97,7 @@ def segment(layer: LayerCache) -> Segment:
     return Segment(layer.keys, layer.values, (slots < layer.lengths[:, None])[:, None, :], layer.bias)
 
 
+@jax.jit
 def append(
     layer: LayerCache,
     k: Float[Array, "batch tokens kv_heads head_dim"],
@@ -107,7 +108,7 @@ def append(
 ) -> LayerCache:
     """Write tokens into the next free slots; tokens that do not write, or find no slot left, change nothing.
 
-    Tokens without a bias, in a layer that has one, get 0.
+    Tokens without a bias, in a layer that has one, get 0. Traced once for all layers that are alike.
     """
     slots = layer.lengths[:, None] + jnp.cumsum(writes, axis=1, dtype=jnp.int32) - 1
     slots = jnp.where(writes, slots, layer.capacity)

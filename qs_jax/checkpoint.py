@@ -37,6 +37,7 @@ FORMAT = 1
 _WEIGHTS = "weights"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _HASH_BLOCK = 1 << 20
+_READERS = 4
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -158,22 +159,29 @@ def write_part(folder: Path, part: str, arrays: Arrays) -> None:
         raise CheckpointError(f"{folder / _WEIGHTS / part}: cannot be written ({_reason(error)})") from error
 
 
-def read_part(folder: Path, part: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Load one part straight into device arrays of the given shapes and dtypes, by module path.
+def read_parts(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Load all parts, a few at a time, straight into device arrays of the given shapes and dtypes, by module path.
 
     Raises:
-        CheckpointError: the part is missing, unreadable or of other shapes.
+        CheckpointError: a part is missing, unreadable or of other shapes.
     """
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for p, s in shapes.items()}
-    try:
-        with _quiet_orbax() as orbax:
-            tree = orbax.load_pytree((folder / _WEIGHTS / part).absolute(), unflatten_dict(wanted, sep="."))
-    except Exception as error:  # Orbax and TensorStore raise almost anything on a damaged store
-        raise CheckpointError(
-            f"{folder / _WEIGHTS / part}: cannot be loaded ({_reason(error)}); convert again"
-        ) from error
-    return cast(dict[str, jax.Array], flatten_dict(tree, sep="."))
+    parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, shape in shapes.items():
+        wanted = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+        parts.setdefault(part_of(path), {})[path] = wanted
+
+    def read(part: str) -> dict[str, jax.Array]:
+        try:
+            tree = orbax.load_pytree((folder / _WEIGHTS / part).absolute(), unflatten_dict(parts[part], sep="."))
+        except Exception as error:  # Orbax and TensorStore raise almost anything on a damaged store
+            raise CheckpointError(
+                f"{folder / _WEIGHTS / part}: cannot be loaded ({_reason(error)}); convert again"
+            ) from error
+        return cast(dict[str, jax.Array], flatten_dict(tree, sep="."))
+
+    with _quiet_orbax() as orbax, ThreadPoolExecutor(_READERS) as pool:
+        return {path: array for part in pool.map(read, sorted(parts)) for path, array in part.items()}
 
 
 def _reason(error: BaseException) -> str:

@@ -40,7 +40,8 @@ class GenerateOutput:
     decision to halt) per row and new token, of the pass that chose it; `prompt_layers_run`, `prompt_fused_with` (index
     of the prompt token it went on in, or -1) and `prompt_signal` per prompt and token. Layers run are those after which
     a token halted or fused, or else all of them; for the last one see `qs_jax.engine.prefill.PromptTrace`. Times in
-    `timing` are seconds of wall clock; `compile_s` is included in the phase in which it happened.
+    `timing` are seconds of wall clock; `trace_s` and `compile_s` (or loading what was compiled before) are part of the
+    phase in which they happened; `load_s`, of the model, is part of none.
     """
 
     texts: list[str]
@@ -91,7 +92,7 @@ class _Generation:
     """One request on its way through a session: rows grow, end, and become output."""
 
     def __init__(self, model: Model, prompts: Any, config: GenerationConfig, *, chunk_size: int, streaming: bool):
-        self.started = time.perf_counter()
+        self.started, self.load_seconds = time.perf_counter(), model.load_seconds
         self.settings = in_force(config, model.defaults, model.config)
         request = prepare(model, prompts, self.settings, chunk_size=chunk_size)
         bits = self.settings.bits
@@ -154,10 +155,12 @@ class _Generation:
             trace=self._trace(),
             ledger=self.session.ledger.to_json(),
             timing={
+                "load_s": self.load_seconds,
                 "total_s": elapsed,
                 "prefill_s": self.session.prefill_seconds,
                 "decode_s": decode_s,
                 "decode_steps": self.session.decode_steps,
+                "trace_s": self.session.trace_seconds,
                 "compile_s": self.session.compile_seconds,
                 "tokens_per_second": sum(lengths) / elapsed,
             },

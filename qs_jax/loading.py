@@ -1,6 +1,7 @@
 """`qs_jax.load`: a converted folder, a Hugging Face folder, a GGUF file or a hub id becomes a model on the device."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(not_among("dtype", dtype, DTYPES))
+    started = time.perf_counter()
     chosen = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     files = locate(str(path_or_id), revision)
     if compilation_cache:
@@ -57,7 +59,10 @@ def load(
     defaults = read_generation_defaults(files, config.vocab_size, notes)
     tokenizer, problem = _tokenizer(files, notes)
     _note_other_end(files, tokenizer, config, defaults, notes)
-    return Model(config, network, tokenizer, chosen, str(path_or_id), problem, defaults, tuple(dict.fromkeys(notes)))
+    return Model(
+        *(config, network, tokenizer, chosen, str(path_or_id), problem, defaults, tuple(dict.fromkeys(notes))),
+        load_seconds=time.perf_counter() - started,
+    )
 
 
 def _tokenizer(files: ModelFiles, notes: list[str]) -> tuple[Tokenizer | None, str]:

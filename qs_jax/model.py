@@ -20,6 +20,7 @@ class Model:
     `name` is what the user asked for; `tokenizer` is None where the folder has none or none that can be read, and
     `no_tokenizer` says why. `defaults` are the settings of `generation_config.json`, for what a call leaves out.
     `notes` says, one line each, what was supplied, chosen among contradictions or passed over in the folder's files.
+    `load_seconds` is how long `qs_jax.load` took.
     """
 
     config: ModelConfig
@@ -30,6 +31,7 @@ class Model:
     no_tokenizer: str = "no tokenizer; copy tokenizer.json beside the weights or give token ids"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    load_seconds: float = field(default=0.0, compare=False)
     _read_at: dict[int, CausalLM] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

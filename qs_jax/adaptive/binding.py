@@ -94,6 +94,11 @@ class BoundPolicy:
         return self.kv_rule.resting_bits is not None and not pinned
 
     @property
+    def biased(self) -> bool:
+        """Whether slots of the cache weigh differently in attention."""
+        return self.fusion is not None and self.fusion.size_bias
+
+    @property
     def adapts_bits(self) -> bool:
         """Whether rows may read weights at different precisions while decoding."""
         ladder = self.decode_halting is not None and self.kv_rule.resting_bits is not None

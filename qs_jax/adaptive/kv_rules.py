@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.costs import Costs, LayerCosts
 from qs_jax.adaptive.policy import KvRuleName, Policy
+from qs_jax.models import alike
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
 
 
@@ -98,7 +99,7 @@ class Frozen(KvRule):
     leaves_own = True
 
     def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
-        return block.kv(hidden_states, positions)
+        return alike.kv(block, hidden_states, positions)
 
     def kv_flops(self, layer: LayerCosts) -> int:
         return layer.kv_flops

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.policy import Policy
@@ -16,7 +17,7 @@ from qs_jax.token_set import is_in, token_set
 class Protection:
     """The first and last tokens of a prompt, and special ones."""
 
-    special_ids: Int[Array, " slots"]
+    special_ids: Int[Array | np.ndarray, " slots"]
     first: int = field(metadata=STATIC)
     last: int = field(metadata=STATIC)
 

@@ -80,7 +80,7 @@ class Controls:
     """
 
     sampling: Sampling
-    eos: Int[Array, " slots"]
+    eos: Int[Array | np.ndarray, " slots"]
     policy: BoundPolicy
     keep_logits: bool = field(default=False, metadata=STATIC)
 
@@ -133,21 +133,24 @@ class Step(NamedTuple):
 Forward = Callable[[CausalLM, DecodeState, Int[Array, " batch"], Controls], Step]
 
 
-@partial(jax.jit, donate_argnames="cache")
+@jax.jit
 def begin(
     logits: Float[Array, "batch vocab"],
-    cache: Cache,
     lengths: Int[Array, " batch"],
     remaining: Int[Array, " batch"],
-    noise: Key[Array, " batch"],
+    seeds: Int[Array, "batch 2"],
     seen: Bool[Array, "batch seen_vocab"],
     forced: Int[Array, " batch"],
     controls: Controls,
 ) -> tuple[DecodeState, Chosen]:
-    """The state after the prompts: the first token of every row is chosen from the prefill's logits."""
+    """The state after the prompts, but for the cache: the first token of every row is chosen from the prefill's logits.
+
+    A row's noise comes from the seed asked for and the sequence's number: batch mates play no part.
+    """
     none = jnp.zeros_like(lengths)
     entropy = jnp.zeros(lengths.shape, jnp.float32)
-    state = DecodeState(none, lengths - 1, cache, remaining <= 0, remaining, noise, seen, entropy)
+    noise = jax.vmap(lambda pair: jax.random.fold_in(jax.random.key(pair[0]), pair[1]))(seeds)
+    state = DecodeState(none, lengths - 1, (), remaining <= 0, remaining, noise, seen, entropy)
     spent = Spent(jnp.full_like(lengths, controls.policy.num_layers), none, jnp.zeros_like(entropy))
     chosen = _choose(logits, state, forced, controls, spent)
     return _advance(state, chosen, _output_entropy(logits, controls.policy), controls.eos), chosen
@@ -254,7 +257,7 @@ def _output_entropy(logits: Float[Array, "batch vocab"], policy: BoundPolicy) ->
 
 
 def _advance(
-    state: DecodeState, chosen: Chosen, entropy: Float[Array, " batch"], eos: Int[Array, " slots"]
+    state: DecodeState, chosen: Chosen, entropy: Float[Array, " batch"], eos: Int[Array | np.ndarray, " slots"]
 ) -> DecodeState:
     """Make the chosen tokens the pending ones and see which rows end with them."""
     live, tokens, seen = ~state.done, chosen.tokens, state.seen

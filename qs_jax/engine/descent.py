@@ -39,6 +39,7 @@ from qs_jax.adaptive.signals import Evidence, Shown, probe_entropy
 from qs_jax.cache import Cache, LayerCache, segment
 from qs_jax.choices import FULL
 from qs_jax.kernels import at_bits
+from qs_jax.models import alike
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden
 
 PerRow = Bool[Array, " batch"]
@@ -203,7 +204,7 @@ def _run(model: CausalLM, numbers: range, given: _Input, *, policy: BoundPolicy,
     kv: list[tuple[Heads, Heads]] = []
     for number, layer, bits in zip(numbers, given.layers, given.bits, strict=True):
         before, block = hidden_states, _read_at(model.blocks[number], bits)
-        output = block.run(before, given.positions, (segment(layer),))
+        output = alike.run(block, before, given.positions, (segment(layer),))
         hidden_states = output.hidden_states
         if mixed:
             carried = policy.kv_rule.carry(model, number, before)

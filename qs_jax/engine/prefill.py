@@ -10,15 +10,13 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.ledger import StagePass
-from qs_jax.cache import Cache, LayerCache, allocate, bucket, grow
-from qs_jax.config import ModelConfig
-from qs_jax.engine.stage import Decision, Tokens, embed_piece, last_logits, regroup, run_stage
+from qs_jax.cache import Cache, LayerCache, bucket, grow
+from qs_jax.engine.stage import Decision, Entering, Tokens, regroup, run_stage
 from qs_jax.models.base import CausalLM
 
 PIECE = 1024
@@ -117,35 +115,40 @@ def prefill(
         new_tokens: most tokens that will follow, and `chunk` how many at once: the cache has room for the first chunk.
     """
     config, lengths = model.config, np.asarray([len(prompt) for prompt in prompts], np.int32)
-    room = _Room(config, len(prompts), new_tokens, chunk, model.embedding.table.dtype, _biased(policy))
-    on_device, trace = jnp.asarray(lengths), PromptTrace.dense(lengths, policy.num_layers)
+    limit, trace = config.max_position_embeddings, PromptTrace.dense(lengths, policy.num_layers)
     cache: list[LayerCache] = []
     filled = np.zeros((policy.num_layers, len(prompts)), np.int32)
-    logits = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    logits: Float[Array, "batch vocab"] | None = None
     pieces: list[Piece] = []
-    for start, width, ids in _cut(prompts, int(lengths.max()), config.max_position_embeddings):
-        active, resting = embed_piece(model, ids, jnp.int32(start), on_device, policy.protection), None
+    for start, width, ids in _cut(prompts, int(lengths.max()), limit):
+        active: Entering | Tokens = Entering(ids, np.asarray(start, np.int32), lengths, policy.protection)
+        resting: Tokens | None = None
         going, rested, passes = np.clip(lengths - start, 0, width), np.zeros_like(lengths), []
         for first, stop in policy.stages:
             needed = lengths if first == 0 else filled[first] + going + rested
-            layers = room.make(cache[first:stop], stop - first, int(needed.max()))
-            slots, resting_width = layers[0].capacity if start else 0, resting.ids.shape[1] if resting else 0
+            capacity = first_capacity(int(needed.max()), new_tokens, chunk, limit)
+            layers = _with_room(cache[first:stop], capacity) if start else None
+            slots, resting_width = layers[0].capacity if layers else 0, resting.ids.shape[1] if resting else 0
             passes.append(StagePass(first, stop, len(prompts), active.ids.shape[1], resting_width, slots))
-            active, resting, layers, decision = run_stage(
-                model, active, resting, layers, policy, start=first, stop=stop, fresh=start == 0
-            )
-            cache[first:stop] = layers
+            given = logits if stop == policy.num_layers else None
+            new = None if start else capacity
+            staged = run_stage(model, active, resting, layers, given, policy, start=first, stop=stop, capacity=new)
+            cache[first:stop] = staged.cache
             filled[first:stop] += going + rested
-            if decision is not None:
-                halting = policy.prompt_halting is not None and stop in policy.prompt_halting.layers
-                taken, valid, origins = jax.device_get((decision, active.valid, active.origins))
-                trace.note(taken, valid, origins, layer=stop, halting=halting)
-                if (taken.halts | taken.absorbed).any():
-                    going = (valid & ~taken.halts & ~taken.absorbed).sum(axis=1, dtype=np.int32)
-                    rested = rested + policy.kv_rule.keeps_slots * taken.halts.sum(axis=1, dtype=np.int32)
-                    active, resting = _regrouped(active, resting, decision, going, rested)
-        logits = last_logits(model, active, logits)
+            if staged.active is None or staged.decision is None:
+                logits = staged.logits
+                break
+            going_on, resting, decision = staged.active, staged.resting, staged.decision
+            halting = policy.prompt_halting is not None and stop in policy.prompt_halting.layers
+            taken, valid, origins = jax.device_get((decision, going_on.valid, going_on.origins))
+            trace.note(taken, valid, origins, layer=stop, halting=halting)
+            active = going_on
+            if (taken.halts | taken.absorbed).any():
+                going = (valid & ~taken.halts & ~taken.absorbed).sum(axis=1, dtype=np.int32)
+                rested = rested + policy.kv_rule.keeps_slots * taken.halts.sum(axis=1, dtype=np.int32)
+                active, resting = _regrouped(going_on, resting, decision, going, rested)
         pieces.append(Piece(start, width, tuple(passes)))
+    assert logits is not None
     return Prefilled(logits, tuple(cache), filled, trace, tuple(pieces))
 
 
@@ -162,29 +165,11 @@ def _cut(
         yield start, width, ids
 
 
-def _biased(policy: BoundPolicy) -> bool:
-    return policy.fusion is not None and policy.fusion.size_bias
-
-
-class _Room(NamedTuple):
-    """Makes and grows the caches of layers, for tokens about to come and the first of those to follow."""
-
-    config: ModelConfig
-    rows: int
-    new_tokens: int
-    chunk: int
-    dtype: jnp.dtype
-    biased: bool
-
-    def make(self, layers: Sequence[LayerCache], count: int, filled: int) -> Cache:
-        """The caches of `count` layers, none of which may be there yet, with room for `filled` slots and more."""
-        capacity = first_capacity(filled, self.new_tokens, self.chunk, self.config.max_position_embeddings)
-        if not layers:
-            make = partial(allocate, self.config, self.rows, capacity, self.dtype, biased=self.biased)
-            return tuple(make() for _ in range(count))
-        if layers[0].capacity >= capacity:
-            return tuple(layers)
-        return grow_jit(tuple(layers), capacities=(capacity,) * count)
+def _with_room(layers: Sequence[LayerCache], capacity: int) -> Cache:
+    """The caches of a stage's layers, grown where they have fewer slots than they may need."""
+    if layers[0].capacity >= capacity:
+        return tuple(layers)
+    return grow_jit(tuple(layers), capacities=(capacity,) * len(layers))
 
 
 def _regrouped(

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from qs_jax.pytree import STATIC
 
-Scalar = Float[Array, "*#batch"]
+Scalar = Float[Array | np.ndarray, "*#batch"]
 
 _BLOCK = 512
 """Entries of the vocabulary that are reduced at once."""
@@ -26,7 +27,7 @@ class Sampling:
     """
 
     temperature: Scalar
-    top_k: Int[Array, "*#batch"]
+    top_k: Int[Array | np.ndarray, "*#batch"]
     top_p: Scalar
     min_p: Scalar
     repetition_penalty: Scalar
@@ -46,11 +47,11 @@ class Sampling:
     ) -> "Sampling":
         """The same numbers for all rows; neutral and greedy unless said otherwise."""
         return cls(
-            temperature=jnp.float32(temperature),
-            top_k=jnp.int32(top_k),
-            top_p=jnp.float32(top_p),
-            min_p=jnp.float32(min_p),
-            repetition_penalty=jnp.float32(repetition_penalty),
+            temperature=np.asarray(temperature, np.float32),
+            top_k=np.asarray(top_k, np.int32),
+            top_p=np.asarray(top_p, np.float32),
+            min_p=np.asarray(min_p, np.float32),
+            repetition_penalty=np.asarray(repetition_penalty, np.float32),
             do_sample=do_sample,
             penalise=repetition_penalty != 1.0,
         )
@@ -174,6 +175,6 @@ def _ordered_bits(x: Float[Array, "batch vocab"]) -> UInt[Array, "batch vocab"]:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _column(x: Array) -> Array:
+def _column(x: Array | np.ndarray) -> Array:
     """A setting given once or per row, as a column to set against (batch, vocab)."""
-    return jnp.reshape(x, (-1, 1))
+    return jnp.asarray(x).reshape(-1, 1)

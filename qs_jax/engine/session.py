@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Bool, Int
 
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.costs import Costs
@@ -92,6 +92,10 @@ class Session:
     def compile_seconds(self) -> float:
         return METER.since(self._compiled_before).seconds
 
+    @property
+    def trace_seconds(self) -> float:
+        return METER.since(self._compiled_before).trace_seconds
+
     def finish(self, row: int) -> None:
         """End a row: it takes no further part from the next chunk on."""
         self._finished.add(row)
@@ -140,15 +144,14 @@ class Session:
         forced = [tokens[0] for tokens in request.forced] if request.forced else [-1] * len(rows)
         state, chosen = begin(
             logits,
-            cache,
-            jnp.asarray(lengths),
-            jnp.full(len(rows), request.max_new_tokens, jnp.int32),
-            _row_noise(request.seeds),
-            jnp.asarray(seen),
-            jnp.asarray(forced, jnp.int32),
+            lengths,
+            np.full(len(rows), request.max_new_tokens, np.int32),
+            np.asarray(np.asarray(request.seeds, np.int64) % 2**31, np.int32),
+            seen,
+            np.asarray(forced, np.int32),
             self._controls,
         )
-        return prefilled, state, chosen
+        return prefilled, replace(state, cache=cache), chosen
 
     def _apply_finished(self, state: DecodeState, batch: _Batch) -> DecodeState:
         finished = np.isin(batch.rows, list(self._finished))
@@ -208,13 +211,3 @@ class Session:
 
 
 _take_rows = jax.jit(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree))
-
-
-@jax.jit
-def _noise_of(seeds: Int[Array, "batch 2"]) -> Key[Array, " batch"]:
-    return jax.vmap(lambda pair: jax.random.fold_in(jax.random.key(pair[0]), pair[1]))(seeds)
-
-
-def _row_noise(seeds: Sequence[tuple[int, int]]) -> Key[Array, " batch"]:
-    """One source per row, from the seed asked for and the sequence's number: batch mates play no part."""
-    return _noise_of(jnp.asarray(np.asarray(seeds, np.int64) % 2**31, jnp.int32))

@@ -1,4 +1,4 @@
-"""The compiled parts of prefill: embed a piece, run a stage of layers and decide, regroup, take the logits.
+"""The compiled parts of prefill: run a stage of layers and decide, regroup.
 
 Between two stages prompt tokens halt or fuse, and the host gathers those that go on into a smaller bucket: the work of
 the others disappears.
@@ -41,9 +41,10 @@ from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.fusion import fuse
 from qs_jax.adaptive.protection import Protection
 from qs_jax.adaptive.signals import Evidence, Shown, probe_entropy
-from qs_jax.cache import Cache, LayerCache, append, segment
+from qs_jax.cache import Cache, LayerCache, allocate, append, segment
 from qs_jax.errors import require
 from qs_jax.kernels import at_bits
+from qs_jax.models import alike
 from qs_jax.models.attention import Segment, new_segment
 from qs_jax.models.base import Block, CausalLM, Heads, LayerOutput
 
@@ -95,12 +96,46 @@ class Tokens(NamedTuple):
         require(active or not read.any(), "a token that is read rests")
 
 
+class Entering(NamedTuple):
+    """A piece of the prompts before the first layer: tokens `start` … of rows of so many tokens in all."""
+
+    ids: Int[Array | np.ndarray, "batch tokens"]
+    start: Int[Array | np.ndarray, ""]
+    lengths: Int[Array | np.ndarray, " batch"]
+    protection: Protection
+
+    def embedded(self, model: CausalLM) -> Tokens:
+        ids, lengths = jnp.asarray(self.ids), jnp.asarray(self.lengths)
+        positions = jnp.broadcast_to(self.start + jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        return Tokens(
+            hidden_states=model.embed(ids, positions),
+            ids=ids,
+            origins=positions,
+            positions=positions,
+            sizes=jnp.ones_like(ids),
+            valid=positions < lengths[:, None],
+            protected=self.protection.of_prompt(ids, positions, lengths),
+            read=positions == lengths[:, None] - 1,
+        )
+
+
 class Decision(NamedTuple):
     """After a stage, per token: does it halt, was it absorbed by its right neighbour, and what did it show."""
 
     halts: Bool[Array, "batch tokens"]
     absorbed: Bool[Array, "batch tokens"]
     signal: Float[Array, "batch tokens"]
+
+
+class Staged(NamedTuple):
+    """What comes out of a stage: tokens on their way and what was decided about them, or, after the last layer, the
+    logits of those that are read."""
+
+    active: Tokens | None
+    resting: Tokens | None
+    cache: Cache
+    decision: Decision | None
+    logits: Float[Array, "batch vocab"] | None
 
 
 class _Group(NamedTuple):
@@ -114,53 +149,50 @@ class _Group(NamedTuple):
 _Held = TypeVar("_Held", Tokens, _Group)
 
 
-@jax.jit
-def embed_piece(
-    model: CausalLM,
-    ids: Int[Array, "batch tokens"],
-    start: Int[Array, ""],
-    lengths: Int[Array, " batch"],
-    protection: Protection,
-) -> Tokens:
-    """Tokens start … start + width - 1 of the prompts, embedded."""
-    positions = start + jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    return Tokens(
-        hidden_states=model.embed(ids, positions),
-        ids=ids,
-        origins=positions,
-        positions=positions,
-        sizes=jnp.ones_like(ids),
-        valid=positions < lengths[:, None],
-        protected=protection.of_prompt(ids, positions, lengths),
-        read=positions == lengths[:, None] - 1,
-    )
-
-
-@partial(jax.jit, static_argnames=("start", "stop", "fresh"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("start", "stop", "capacity"), donate_argnames=("cache", "logits"))
 def run_stage(
     model: CausalLM,
-    active: Tokens,
+    active: Entering | Tokens,
     resting: Tokens | None,
-    cache: Cache,
+    cache: Cache | None,
+    logits: Float[Array, "batch vocab"] | None,
     policy: BoundPolicy,
     *,
     start: int,
     stop: int,
-    fresh: bool,
-) -> tuple[Tokens, Tokens | None, Cache, Decision | None]:
-    """Layers `start` … `stop` - 1 for the active tokens; `cache` is those layers'.
+    capacity: int | None = None,
+) -> Staged:
+    """Layers `start` … `stop` - 1 for the active tokens.
 
-    `fresh` says that the cache holds nothing yet, so that attention does not look at it. After the last layer there is
-    no decision, and one active token per row: that which is read, or padding.
+    Args:
+        model: the network.
+        active: tokens that enter the first layer, or come out of the stage before.
+        resting: those that do not go on.
+        cache: of these layers; None where it holds nothing yet: it then begins with `capacity` slots.
+        logits: for the last stage, those that stay where no token of a row is read; None if there are none yet.
+        policy: what decides after the stage.
+        start: the first layer.
+        stop: the layer after the last.
+        capacity: see `cache`.
     """
-    layers, shown = [], Shown.by_none(active.hidden_states)
+    if isinstance(active, Entering):
+        active = active.embedded(model)
+    fresh, layers, shown = cache is None, [], Shown.by_none(active.hidden_states)
+    if cache is None:
+        assert capacity is not None
+        dtype = model.embedding.table.dtype
+        empty = allocate(model.config, active.ids.shape[0], capacity, dtype, biased=policy.biased)
+        cache = (empty,) * (stop - start)
     for number, layer in enumerate(cache, start):
         active, resting, shown, layer = _layer(model, number, layer, active, resting, policy, fresh=fresh)
         layers.append(layer)
     if stop == policy.num_layers:
-        return active, resting, tuple(layers), None
+        found = model.head(active.hidden_states[:, 0])
+        return Staged(
+            None, None, tuple(layers), None, found if logits is None else jnp.where(active.valid, found, logits)
+        )
     active, decision = _decide(model, active, shown, policy, stop)
-    return active, resting, tuple(layers), decision
+    return Staged(active, resting, tuple(layers), decision, None)
 
 
 def _layer(
@@ -176,12 +208,12 @@ def _layer(
     """One layer for both groups; every token sees, of both and of the past, what stands before it."""
     block, rule, is_last = model.blocks[number], policy.kv_rule, number + 1 == policy.num_layers
     past = () if fresh else (segment(layer),)
-    running = _Group(active, *block.kv(active.hidden_states, active.positions))
+    running = _Group(active, *alike.kv(block, active.hidden_states, active.positions))
     groups = [running]
 
     def through(block: Block, group: _Group) -> LayerOutput:
         view = (*past, *(_seen_by(group.tokens, other, policy) for other in groups))
-        return block.run_over(group.tokens.hidden_states, group.tokens.positions, view, group.k, group.v)
+        return alike.run_over(block, group.tokens.hidden_states, group.tokens.positions, view, group.k, group.v)
 
     if resting is not None:
         low = at_bits(block, rule.resting_bits) if rule.resting_bits and policy.demotes(number) else block
@@ -266,9 +298,3 @@ def _taken(group: _Held, places: Int[Array, "batch width"]) -> _Held:
         return jnp.take_along_axis(leaf, places.reshape(*places.shape, *[1] * (leaf.ndim - 2)), axis=1)
 
     return jax.tree.map(take, group)
-
-
-@partial(jax.jit, donate_argnames="logits")
-def last_logits(model: CausalLM, read: Tokens, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-    """Logits of the tokens that came out of the last layer, one per row; where that is padding, those given stay."""
-    return jnp.where(read.valid, model.head(read.hidden_states[:, 0]), logits)

@@ -12,6 +12,7 @@ from qs_jax.config_reader import ConfigReader
 from qs_jax.errors import ConfigError
 from qs_jax.models import gpt2, llama, mistral, qwen2
 from qs_jax.models.base import Block, CausalLM, forward
+from qs_jax.models.layers import AbstractInit, RandomInit
 
 
 class Architecture(NamedTuple):
@@ -68,12 +69,12 @@ _NESTED = ("text_config", "llm_config", "language_config", "decoder")
 
 def random_network(config: ModelConfig, *, seed: int, dtype: Any = jnp.float32) -> CausalLM:
     """A network with random weights, as at the start of training (normal, std 0.02, scaled residual outputs)."""
-    return ARCHITECTURES[config.model_type].network(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))
+    return ARCHITECTURES[config.model_type].network(config, init=RandomInit(jnp.dtype(dtype), nnx.Rngs(seed)))
 
 
 def abstract_network(config: ModelConfig, *, dtype: Any = jnp.float32) -> CausalLM:
     """The network with shapes in place of weights: nothing is allocated."""
-    return nnx.eval_shape(lambda: random_network(config, seed=0, dtype=dtype))
+    return ARCHITECTURES[config.model_type].network(config, init=AbstractInit(jnp.dtype(dtype)))
 
 
 def abstract_arrays(config: ModelConfig, *, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:

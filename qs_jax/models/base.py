@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.kernels import Kernel, as_kernel
 from qs_jax.models.attention import View, attention, new_segment
-from qs_jax.models.layers import Embedding, Linear, Shortcut
+from qs_jax.models.layers import Embedding, Init, Linear, Shortcut
 
 Hidden = Float[Array, "batch tokens hidden"]
 Heads = Float[Array, "batch tokens kv_heads head_dim"]
@@ -31,18 +31,16 @@ class Block(nnx.Module):
 
     config: ModelConfig
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, init: Init):
         hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         bias, kv_features = config.attention_bias, config.num_key_value_heads * head_dim
         residual_std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
         self.config = config
         self.scale = config.scale(layer)
-        self.q = Linear(hidden, heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
-        self.k = Linear(hidden, kv_features, bias=bias, dtype=dtype, rngs=rngs)
-        self.v = Linear(hidden, kv_features, bias=bias, dtype=dtype, rngs=rngs)
-        self.o = Linear(
-            heads * head_dim, hidden, bias=config.attention_output_bias, dtype=dtype, rngs=rngs, std=residual_std
-        )
+        self.q = Linear(hidden, heads * head_dim, bias=bias, init=init)
+        self.k = Linear(hidden, kv_features, bias=bias, init=init)
+        self.v = Linear(hidden, kv_features, bias=bias, init=init)
+        self.o = Linear(heads * head_dim, hidden, bias=config.attention_output_bias, init=init, std=residual_std)
 
     @abstractmethod
     def attention_norm(self, hidden_states: Hidden) -> Hidden:
@@ -92,13 +90,13 @@ class CausalLM(nnx.Module):
     embedding: Embedding
     lm_head: Linear | None
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, init: Init):
         self.config = config
         hidden, vocab = config.hidden_size, config.padded_vocab_size
         tied = config.tie_word_embeddings
         self.shortcuts = nnx.data(None)
-        self.embedding = Embedding(vocab, hidden, dtype=dtype, rngs=rngs)
-        self.lm_head = None if tied else Linear(hidden, vocab, bias=False, dtype=dtype, rngs=rngs)
+        self.embedding = Embedding(vocab, hidden, init=init)
+        self.lm_head = None if tied else Linear(hidden, vocab, bias=False, init=init)
 
     @abstractmethod
     def embed(self, tokens: Int[Array, "batch tokens"], positions: Positions) -> Hidden:

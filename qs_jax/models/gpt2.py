@@ -10,7 +10,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.config_reader import ConfigReader
 from qs_jax.errors import ConfigError
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
-from qs_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
+from qs_jax.models.layers import ACTIVATIONS, Embedding, Init, LayerNorm, Linear
 
 SUPPLIED = MappingProxyType(
     {
@@ -73,14 +73,14 @@ def config_from_hf(reader: ConfigReader) -> ModelConfig:
 
 
 class GPT2Block(Block):
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(config, layer, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, layer: int, *, init: Init):
+        super().__init__(config, layer, init=init)
         hidden, inner, epsilon = config.hidden_size, config.intermediate_size, config.norm_epsilon
         residual_std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
-        self.input_norm = LayerNorm(hidden, epsilon=epsilon, dtype=dtype)
-        self.mlp_norm = LayerNorm(hidden, epsilon=epsilon, dtype=dtype)
-        self.up = Linear(hidden, inner, bias=True, dtype=dtype, rngs=rngs)
-        self.down = Linear(inner, hidden, bias=True, dtype=dtype, rngs=rngs, std=residual_std)
+        self.input_norm = LayerNorm(hidden, epsilon=epsilon, init=init)
+        self.mlp_norm = LayerNorm(hidden, epsilon=epsilon, init=init)
+        self.up = Linear(hidden, inner, bias=True, init=init)
+        self.down = Linear(inner, hidden, bias=True, init=init, std=residual_std)
 
     def attention_norm(self, hidden_states: Hidden) -> Hidden:
         return self.input_norm(hidden_states)
@@ -94,15 +94,11 @@ class GPT2Block(Block):
 
 
 class GPT2(CausalLM):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
-        self.position_embedding = Embedding(
-            config.max_position_embeddings, config.hidden_size, dtype=dtype, rngs=rngs, std=0.01
-        )
-        self.blocks = nnx.List(
-            [GPT2Block(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_hidden_layers)]
-        )
-        self.output_norm = LayerNorm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
+    def __init__(self, config: ModelConfig, *, init: Init):
+        super().__init__(config, init=init)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size, init=init, std=0.01)
+        self.blocks = nnx.List([GPT2Block(config, layer, init=init) for layer in range(config.num_hidden_layers)])
+        self.output_norm = LayerNorm(config.hidden_size, epsilon=config.norm_epsilon, init=init)
 
     def embed(self, tokens: Int[Array, "batch tokens"], positions: Positions) -> Hidden:
         return self.embedding(tokens) + self.position_embedding(positions)

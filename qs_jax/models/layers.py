@@ -1,6 +1,8 @@
 """The layers both architectures are made of. Norms in float32, products in the dtype of the weights."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +23,47 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
+class Init(Protocol):
+    """Makes the weights that a new module holds."""
+
+    def normal(self, *shape: int, std: float = 0.02) -> Any: ...
+
+    def full(self, value: float, *shape: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class RandomInit:
+    """Weights as at the start of training."""
+
+    dtype: jnp.dtype
+    rngs: nnx.Rngs
+
+    def normal(self, *shape: int, std: float = 0.02) -> Array:
+        return (std * jax.random.normal(self.rngs.params(), shape, jnp.float32)).astype(self.dtype)
+
+    def full(self, value: float, *shape: int) -> Array:
+        return jnp.full(shape, value, self.dtype)
+
+
+@dataclass(frozen=True)
+class AbstractInit:
+    """Shapes in place of weights: nothing is computed, nor traced as `nnx.eval_shape` would."""
+
+    dtype: jnp.dtype
+
+    def normal(self, *shape: int, std: float = 0.02) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def full(self, value: float, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+
 class Linear(nnx.Module):
     """A dense projection; the kernel is stored (outputs, inputs)."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs, std: float = 0.02):
-        self.kernel = nnx.Param(_normal(rngs, (outputs, inputs), std, dtype))
-        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, init: Init, std: float = 0.02):
+        self.kernel = nnx.Param(init.normal(outputs, inputs, std=std))
+        self.bias = nnx.Param(init.full(0.0, outputs)) if bias else None
 
     def __call__(
         self, x: Float[Array, "*rows inputs"], dtype: DTypeLike | None = None
@@ -54,8 +91,8 @@ class Shortcut(nnx.Module):
 class Embedding(nnx.Module):
     """A lookup table (entries, features)."""
 
-    def __init__(self, entries: int, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, std: float = 0.02):
-        self.table = nnx.Param(_normal(rngs, (entries, features), std, dtype))
+    def __init__(self, entries: int, features: int, *, init: Init, std: float = 0.02):
+        self.table = nnx.Param(init.normal(entries, features, std=std))
 
     def __call__(self, ids: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
         return as_kernel(self.table.get_value()).rows(ids)
@@ -64,9 +101,9 @@ class Embedding(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation with scale and bias (arXiv 1607.06450)."""
 
-    def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), dtype))
+    def __init__(self, features: int, *, epsilon: float, init: Init):
+        self.scale = nnx.Param(init.full(1.0, features))
+        self.bias = nnx.Param(init.full(0.0, features))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
@@ -79,15 +116,11 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with scale (arXiv 1910.07467)."""
 
-    def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
+    def __init__(self, features: int, *, epsilon: float, init: Init):
+        self.scale = nnx.Param(init.full(1.0, features))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
         return normal.astype(x.dtype) * self.scale[...]
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
-    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)

@@ -13,7 +13,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.config_reader import ConfigReader
 from qs_jax.errors import ConfigError
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
-from qs_jax.models.layers import ACTIVATIONS, Linear, RMSNorm
+from qs_jax.models.layers import ACTIVATIONS, Init, Linear, RMSNorm
 from qs_jax.models.rope import inverse_frequencies, rotate
 
 SUPPLIED = MappingProxyType(
@@ -91,8 +91,8 @@ def family_config(
 
 
 class LlamaBlock(Block):
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(config, layer, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, layer: int, *, init: Init):
+        super().__init__(config, layer, init=init)
         hidden, inner, epsilon, bias = (
             config.hidden_size,
             config.intermediate_size,
@@ -100,11 +100,11 @@ class LlamaBlock(Block):
             config.mlp_bias,
         )
         residual_std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
-        self.input_norm = RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
-        self.mlp_norm = RMSNorm(hidden, epsilon=epsilon, dtype=dtype)
-        self.gate = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
-        self.up = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(inner, hidden, bias=bias, dtype=dtype, rngs=rngs, std=residual_std)
+        self.input_norm = RMSNorm(hidden, epsilon=epsilon, init=init)
+        self.mlp_norm = RMSNorm(hidden, epsilon=epsilon, init=init)
+        self.gate = Linear(hidden, inner, bias=bias, init=init)
+        self.up = Linear(hidden, inner, bias=bias, init=init)
+        self.down = Linear(inner, hidden, bias=bias, init=init, std=residual_std)
 
     def attention_norm(self, hidden_states: Hidden) -> Hidden:
         return self.input_norm(hidden_states)
@@ -120,12 +120,10 @@ class LlamaBlock(Block):
 
 
 class Llama(CausalLM):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [LlamaBlock(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_hidden_layers)]
-        )
-        self.output_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
+    def __init__(self, config: ModelConfig, *, init: Init):
+        super().__init__(config, init=init)
+        self.blocks = nnx.List([LlamaBlock(config, layer, init=init) for layer in range(config.num_hidden_layers)])
+        self.output_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, init=init)
 
     def embed(self, tokens: Int[Array, "batch tokens"], positions: Positions) -> Hidden:
         return self.embedding(tokens)

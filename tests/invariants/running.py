@@ -22,6 +22,7 @@ from qs_jax.engine import session as sessions
 from qs_jax.engine.decode import Controls, DecodeState
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
+from qs_jax.engine.stage import Tokens
 from qs_jax.kernels import has_planes, is_nested
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
@@ -140,32 +141,30 @@ def _watched(result: Run) -> Iterator[None]:
 @contextmanager
 def _validated(config: ModelConfig, policy: Policy) -> Iterator[None]:
     """Every state that the device hands back keeps what it promises."""
-    run_stage, begin, decode_chunk = prefills.run_stage, sessions.begin, sessions.decode_chunk
+    run_stage, decode_chunk = prefills.run_stage, sessions.decode_chunk
     # in a second piece of a prompt, too, halted tokens come after those that went on
     rising = policy.prompt_halting is None or policy.kv_rule == "drop"
 
     def staged(model: Any, active: Any, resting: Any, *args: Any, **kwargs: Any) -> Any:
         # a group as it comes out of a stage still holds those that a decision takes away
-        active.validate(active=True)
+        if isinstance(active, Tokens):
+            active.validate(active=True)
         if resting is not None:
             resting.validate(active=False)
-        active, resting, cache, decision = run_stage(model, active, resting, *args, **kwargs)
-        for layer in cache:
+        staged = run_stage(model, active, resting, *args, **kwargs)
+        for layer in staged.cache:
             layer.validate(rising=rising)
-        return active, resting, cache, decision
+        return staged
 
-    def checked(program: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            state, rest = program(*args, **kwargs)
-            state.validate(config, rising=rising)
-            return state, rest
-
-        return call
+    def checked(model: Any, state: DecodeState, *args: Any) -> Any:
+        state.validate(config, rising=rising)
+        state, rest = decode_chunk(model, state, *args)
+        state.validate(config, rising=rising)
+        return state, rest
 
     with (
         mock.patch.object(prefills, "run_stage", staged),
-        mock.patch.object(sessions, "begin", checked(begin)),
-        mock.patch.object(sessions, "decode_chunk", checked(decode_chunk)),
+        mock.patch.object(sessions, "decode_chunk", checked),
     ):
         yield
 

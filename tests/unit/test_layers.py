@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from scipy.special import erf, expit
 
 from qs_jax.kernels import DenseKernel
-from qs_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, RMSNorm
+from qs_jax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, RandomInit, RMSNorm
 from tests.arrays import DTYPES, exact, normal
 
 
@@ -22,7 +22,7 @@ def test_a_projection_sums_in_float32(dtype: DTypeLike, rows: int, outputs: int)
     unrounded = jax.jit(DenseKernel.matmul)(DenseKernel(kernel), x)
     np.testing.assert_allclose(unrounded, expected, atol=2e-5)
     assert unrounded.shape == (rows, outputs)
-    linear = Linear(96, outputs, bias=False, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    linear = Linear(96, outputs, bias=False, init=RandomInit(jnp.dtype(dtype), nnx.Rngs(0)))
     linear.kernel.set_value(kernel)
     own = jax.jit(lambda linear, x: linear(x))(linear, x)
     assert own.dtype == dtype
@@ -33,7 +33,10 @@ def test_a_projection_sums_in_float32(dtype: DTypeLike, rows: int, outputs: int)
 @pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
 def test_norms_are_taken_in_float32(kind: type[LayerNorm] | type[RMSNorm], dtype: DTypeLike) -> None:
     """Of rows far from zero, whose squares a narrow float could not hold apart."""
-    norm, x = kind(32, epsilon=1e-2, dtype=jnp.dtype(dtype)), 3 * normal(4, 32, dtype=dtype) + jnp.asarray(20, dtype)
+    norm, x = (
+        kind(32, epsilon=1e-2, init=RandomInit(jnp.dtype(dtype), nnx.Rngs(0))),
+        3 * normal(4, 32, dtype=dtype) + jnp.asarray(20, dtype),
+    )
     norm.scale.set_value(normal(32, dtype=dtype))
     centred = exact(x)
     if isinstance(norm, LayerNorm):
@@ -67,7 +70,7 @@ def test_activations_are_those_of_their_names() -> None:
 
 
 def test_a_bias_is_added_before_the_result_is_rounded() -> None:
-    linear = Linear(8, 3, bias=True, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    linear = Linear(8, 3, bias=True, init=RandomInit(jnp.dtype("bfloat16"), nnx.Rngs(0)))
     assert linear.bias is not None
     linear.bias.set_value(jnp.asarray([0.1, 300.0, -7.0], jnp.bfloat16))
     x = normal(2, 8, dtype=jnp.bfloat16)
@@ -78,6 +81,6 @@ def test_a_bias_is_added_before_the_result_is_rounded() -> None:
 
 def test_an_id_beyond_the_table_reads_its_last_row() -> None:
     """Padded rows carry positions that no table has; what they read counts for nothing, but has to be a number."""
-    table = Embedding(5, 4, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    table = Embedding(5, 4, init=RandomInit(jnp.dtype("float32"), nnx.Rngs(0)))
     rows = np.asarray(table.table.get_value())
     np.testing.assert_array_equal(table(jnp.asarray([[0, 3], [4, 9]])), rows[[[0, 3], [4, 4]]])

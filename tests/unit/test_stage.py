@@ -1,12 +1,13 @@
 """Groups of prompt tokens between layers: what is promised of them is checked, and a broken group noticed."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qs_jax.adaptive.binding import dense
 from qs_jax.cache import allocate
-from qs_jax.engine.stage import Decision, Tokens, last_logits, regroup, run_stage
+from qs_jax.engine.stage import Decision, Staged, Tokens, regroup, run_stage
 from qs_jax.errors import StateError
 from tests.arrays import normal
 from tests.tiny import tiny_model
@@ -92,27 +93,30 @@ def test_an_absorbed_token_goes_nowhere() -> None:
     assert active.origins[0].tolist() == [0, 4]
 
 
+def last_layer(active: Tokens, given: jax.Array | None) -> Staged:
+    network = tiny_model("llama").network
+    layer = allocate(network.config, 2, 16, jnp.dtype("float32"))
+    return run_stage(network, active, None, (layer,), given, dense(network.config), start=1, stop=2)
+
+
 def test_logits_are_those_of_what_is_read_and_stay_where_nothing_is() -> None:
-    network, states = tiny_model("llama").network, normal(2, 1, 32)
-    given = jnp.ones((2, network.config.vocab_size))
-    one = Tokens(states, *(leaf[:, 2:] for leaf in sound()[1:]))
-    assert one.valid.tolist() == [[True], [False]]
-    expected = network.head(states[:1, 0])
-    logits = last_logits(network, one, given)
-    np.testing.assert_allclose(logits[:1], expected, rtol=1e-4, atol=1e-6)
-    assert (logits[1] == 1).all()
+    active = sound()._replace(hidden_states=normal(2, 3, 32))
+    assert (active.valid & active.read).any(axis=1).tolist() == [True, False]
+    first = last_layer(active, None).logits
+    given = jnp.ones((2, tiny_model("llama").config.vocab_size))
+    later = last_layer(active, given).logits
+    assert first is not None
+    assert later is not None
+    np.testing.assert_array_equal(later[0], first[0])
+    assert (later[1] == 1).all()
 
 
 def test_a_piece_of_which_nothing_goes_on_stays_finite() -> None:
     """Every token of a prompt's first piece may halt, and drop: padding then has nothing before it to see."""
-    network = tiny_model("llama").network
     active = sound()._replace(hidden_states=normal(2, 3, 32), valid=jnp.zeros((2, 3), bool))
-    layer = allocate(network.config, 2, 16, jnp.dtype("float32"))
-    read, _, (after,), decision = run_stage(
-        network, active, None, (layer,), dense(network.config), start=1, stop=2, fresh=True
-    )
-    assert decision is None
-    assert read.hidden_states.shape == (2, 1, 32)
-    assert jnp.isfinite(read.hidden_states).all()
-    assert not read.valid.any()
-    assert not after.lengths.any()
+    staged = last_layer(active, None)
+    assert staged.decision is None
+    assert staged.active is None
+    assert staged.logits is not None
+    assert jnp.isfinite(staged.logits).all()
+    assert not staged.cache[0].lengths.any()

@@ -1,0 +1,97 @@
+"""From the shell to the last of 30 tokens: what a person waits for who runs one command.
+
+    python -m benchmarks.start                # SmolLM2; adds to benchmarks/results/start.json
+    python -m benchmarks.start --dtype bfloat16
+    python -m benchmarks.start --quick        # one round, nothing written
+
+Whole processes, in turn: `qs-jax generate` with nothing compiled (cold), the same with what that left in the
+compilation cache (warm), and transformers' greedy `generate` of the same folder if torch is there. Of ours the phases
+are those of `timing`; `imports_s` is what is left of the process. The first round, which fills the disk's cache, is not
+counted.
+
+Prediction, before equal layers were traced once: loading 1 s without traced initialisers, in place of 3; tracing less
+than 1; warm 5 s in all. Outcome: docs/speed.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks import real_model
+from benchmarks.harness import RESULTS, environment, write_result
+from qs_jax.console import reporting_errors
+
+PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 30, 5
+
+_TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, dtype, prompt, new = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+ids = tokenizer(prompt, return_tensors="pt").input_ids
+with torch.inference_mode():
+    print(tokenizer.decode(model.generate(ids, max_new_tokens=int(new), min_new_tokens=int(new), do_sample=False)[0]))
+"""
+
+
+def ours(folder: Path, dtype: str, cache: str) -> dict[str, float]:
+    """Seconds of one `qs-jax generate`, and of its phases."""
+    command = [sys.executable, "-m", "qs_jax", "generate", str(folder), "--prompt", PROMPT, "--dtype", dtype, "--json"]
+    command += ["--max-new-tokens", str(NEW_TOKENS)]
+    environ = {**os.environ, "QS_JAX_COMPILATION_CACHE": cache}
+    started = time.perf_counter()
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
+    whole = time.perf_counter() - started
+    timing = json.loads(printed)["timing"]
+    phases = {name: timing[name] for name in ("load_s", "trace_s", "compile_s", "prefill_s", "decode_s")}
+    return {"whole_s": whole, "imports_s": whole - timing["load_s"] - timing["total_s"], **phases}
+
+
+def theirs(folder: Path, dtype: str) -> dict[str, float]:
+    """Seconds of one process that does the same with transformers."""
+    command = [sys.executable, "-c", _TRANSFORMERS, str(folder), dtype, PROMPT, str(NEW_TOKENS)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return {"whole_s": time.perf_counter() - started}
+
+
+def measured(folder: Path, dtype: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of every side, in turn."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for turn in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as cache:
+            sides = {"cold": ours(folder, dtype, cache), "warm": ours(folder, dtype, cache)}
+        if find_spec("torch"):
+            sides["transformers"] = theirs(folder, dtype)
+        for name, seconds in sides.items() if turn else ():
+            found.setdefault(name, []).append(seconds)
+    return {name: {k: statistics.median(row[k] for row in rows) for k in rows[0]} for name, rows in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=real_model.NAME, help="smollm2, or a folder")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quick", action="store_true", help="one round, nothing written")
+    arguments = parser.parse_args()
+    with reporting_errors(debug=True):
+        sides = measured(real_model.place(arguments.model), arguments.dtype, 1 if arguments.quick else ROUNDS)
+    row: dict[str, Any] = {"sides": sides, "date": environment()["date"], "cpu": environment()["cpu"]}
+    print(json.dumps(row, indent=1))
+    if not arguments.quick:
+        path = RESULTS / "start.json"
+        rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else {}
+        print(write_result("start", {"rows": {**rows, f"{arguments.model} {arguments.dtype}": row}}))
+
+
+if __name__ == "__main__":
+    main()
