@@ -1,13 +1,13 @@
-"""What do the presets cost on every model and on two kinds of text, and which could `balanced` be?
+"""What do the presets and calibrated policies cost on every model and two kinds of text, and which could `balanced` be?
 
-    python -m benchmarks.presets                 # judges `paper` and `balanced`; writes results/presets.json
+    python -m benchmarks.presets                 # judges them; writes results/presets.json
     python -m benchmarks.presets --models gpt2   # only this model, the others stay in the file
     python -m benchmarks.presets --search        # tries what `balanced` might be on calibration text of the real model
     python -m benchmarks.presets --report        # the tables of docs/results.md and README, from the results
 
 Five models, each dense, and those with nested codes again; 512 unscored + 64 scored tokens or what a model's context
-holds. The text of every model's calibration is never judged. The search looks at calibration text only, of the real
-model only: it is the one that reacts.
+holds. Calibrated policies are those that `benchmarks.quality` found with a prefix; their text is never judged. The
+search looks at calibration text only, of the real model only: it is the one that reacts.
 
 Prediction, before the search: what costs at most 1 % on SmolLM2 is a prompt that stops at nine tenths of the depth,
 which saves 5 to 6 % of all FLOPs there and nothing on models of 12 layers or fewer, and 4 bits for the surest half of
@@ -27,7 +27,7 @@ import jax
 
 from benchmarks import real_model
 from benchmarks.harness import RESULTS, environment, write_result
-from benchmarks.quality import C4, Study, documents_of, quantised, studies
+from benchmarks.quality import C4, Study, Subject, documents_of, quantised, studies
 from benchmarks.quality_report import write_presets
 from qs_jax.adaptive.policy import Fusion, Halting, KvRuleName, Policy, Precision
 from qs_jax.console import progress, reporting_errors
@@ -39,6 +39,7 @@ from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.request import bind_policy
 
+SCORED_TOKENS = 2560
 _KEPT = (
     *("perplexity", "perplexity_off", "perplexity_increase", "perplexity_increase_interval", "windows"),
     *("flops_reduction", "bytes_reduction", "kv_reduction"),
@@ -59,6 +60,14 @@ def loaded(chosen: Study) -> Model:
         return load(quantised(source, documents_of(chosen.lens), Path(folder) / "planes"), dtype="float32")
 
 
+def calibrated(name: str) -> dict[str, Policy]:
+    """The policies that the study of a model found with a prefix, by name; not those that do nothing."""
+    path = RESULTS / f"quality_{name}.json"
+    found = json.loads(path.read_text("utf-8")).get("calibrated", ()) if path.is_file() else ()
+    policies = (Policy.from_json(one["policy"]) for one in found)
+    return {policy.name: policy for policy in policies if policy.mechanisms}
+
+
 def costs(model: Model, documents: list[str], policies: dict[str, Policy], plan: Plan) -> dict[str, dict[str, Any]]:
     """What every policy costs and saves on a text."""
     windows = cut(model, documents, plan)
@@ -71,11 +80,12 @@ def costs(model: Model, documents: list[str], policies: dict[str, Policy], plan:
 
 
 def judged(name: str, chosen: Study, plan: Plan) -> Iterator[dict[str, Any]]:
-    """The presets on two kinds of text that nothing was calibrated on."""
-    model = loaded(chosen)
+    """Presets and calibrated policies on two kinds of text that nothing was calibrated on."""
+    model, presets, found = Subject.of(name, chosen).model, {p: Policy.named(p) for p in PRESETS}, calibrated(name)
     for part in (chosen.texts[0], second_text(chosen)):
-        rows = costs(model, documents_of((part,)), {preset: Policy.named(preset) for preset in PRESETS}, plan)
-        yield {"model": name, "text": part[0], "presets": rows}
+        rows = costs(model, documents_of((part,)), presets | found, plan)
+        kinds = {"presets": presets, "calibrated": found}
+        yield {"model": name, "text": part[0], **{k: {p: rows[p] for p in names} for k, names in kinds.items()}}
 
 
 def candidates(planes: bool) -> dict[str, Policy]:
@@ -128,7 +138,7 @@ def main() -> None:
         found.pop("environment", None)
         for name in arguments.models:
             chosen = studies()[name]
-            plan = Plan(max_tokens=512 if arguments.quick else chosen.scored_tokens)
+            plan = Plan(max_tokens=512 if arguments.quick else SCORED_TOKENS)
             facts = {"date": environment()["date"], "device": environment()["device"]}
             if arguments.search and str(chosen.model) != real_model.NAME:
                 continue

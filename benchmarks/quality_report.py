@@ -35,7 +35,9 @@ def write_report(paths: Mapping[str, Path]) -> None:
 
 def write_presets(found: Mapping[str, Any]) -> None:
     """Put what the presets cost into the pages, and what was tried for `balanced` into the longer one."""
-    tables = {"presets": presets(found)} if found.get("judged") else {}
+    judged = found.get("judged", {})
+    tables = {f"{name} prefix": side_by_side(one["rows"]) for name, one in judged.items()}
+    tables |= {"presets": presets(found)} if judged else {}
     _fill(README, tables)
     tried = {f"search {name}": candidates(one) for name, one in found.get("search", {}).items()}
     _fill(PAGE, {**tables, **tried})
@@ -156,6 +158,24 @@ def _bfloat16(texts: Mapping[str, Mapping[str, Any]]) -> str:
         dense, policy = (_percent(found[name]) for name in ("dense", "policy"))
         lines.append(f"| {TEXTS.get(file, file)} | {found['dense']['perplexity_off']:.3f} | {dense} | {policy} |")
     return "\n".join(lines)
+
+
+def side_by_side(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One model's presets and calibrated policies: what they save on the first text, and what they cost on each."""
+    policies = [row["presets"] | row["calibrated"] for row in rows]
+    dense = [next(iter(found.values()))["perplexity_off"] for found in policies]
+    texts = [f"{TEXTS[row['text']]} ({off:.2f})" for row, off in zip(rows, dense, strict=True)]
+    lines = [f"| policy | FLOPs saved | cache slots saved | {' | '.join(texts)} |", "|" + "---|" * (3 + len(rows))]
+    for name, first in policies[0].items():
+        saved = f"{_share(first['flops_reduction'])} | {_share(first['kv_reduction'])}"
+        cells = [f"{_points(found[name])}, {_percent(found[name])}" for found in policies]
+        lines.append(f"| {name} | {saved} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _points(row: Mapping[str, Any]) -> str:
+    """An increase in points of perplexity."""
+    return f"{row['perplexity_increase']:+.2f}"
 
 
 def presets(judged: Mapping[str, Any]) -> str:

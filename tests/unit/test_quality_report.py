@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality_report import across, block, merged, presets, replaced, table
+from benchmarks.quality_report import across, block, merged, presets, replaced, side_by_side, table
 
 
 def row(name: str, kind: str, increase: float, flops: float) -> dict[str, Any]:
@@ -92,6 +92,17 @@ def test_texts_stand_side_by_side_in_percent_of_each_ones_perplexity() -> None:
     assert "WikiText-103 test (10.00) | C4 (10.00)" in lines[0]
     assert lines[2].startswith("| stop | 30.0% | 25.0% | +0.2% (-0.8%, +1.2%) | +0.1%")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| stop", "| calibrated +1"]
+
+
+def test_policies_stand_side_by_side_on_every_text() -> None:
+    cost = {"perplexity": 20.1, "perplexity_off": 20.0, "perplexity_increase": 0.1, "flops_reduction": 0.026}
+    cost |= {"perplexity_increase_interval": [-0.02, 0.22], "kv_reduction": 0.0}
+    texts = ("wikitext103-test.raw.txt", "c4-sample.jsonl")
+    rows = [{"text": text, "presets": {"balanced": cost}, "calibrated": {"calibrated +0.2": cost}} for text in texts]
+    head, _, *lines = side_by_side(rows).splitlines()
+    assert head.endswith("| WikiText-103 test (20.00) | C4 (20.00) |")
+    cells = "+0.10, +0.5% (-0.1%, +1.1%)"
+    assert lines == [f"| {name} | 2.6% | 0.0% | {cells} | {cells} |" for name in ("balanced", "calibrated +0.2")]
 
 
 def test_what_presets_cost_is_a_row_per_model_and_text() -> None:
