@@ -53,6 +53,16 @@ apart; what bits cost a model that is worth running, the table above says.
 """
 
 _REAL_FOUND = """
+* **8 bits** cost half a percent at most by every method; expected was 0.3 %.
+* **4 bits**: rounding costs twice what was expected (53 %, expected 25), fitting takes most of it back: 9 % with
+  *gptq*, as expected.
+* **2 bits** break the model by every method, as expected.
+* **The head and the embedding in codes** (one table here, a fifth of the model) cost less than 0.1 % at 8 bits, and a
+  step reads 141 MB in place of 225: compare *rtn, head too* with *rtn*. At 4 bits it is free as well, next to what
+  the blocks lose. They stay dense unless asked for (`--exclude '(?!)'`), as their products are not faster on every
+  machine.
+* **Time and memory**: fitting *gptq* takes minutes and four times the memory of the model in float32 (compilation
+  included), rounding seconds.
 """
 
 _REQUESTS = """
@@ -131,9 +141,10 @@ def requests_table(requests: dict[str, Any]) -> str:
 def readme_table(found: dict[str, dict[str, Any]]) -> str:
     """README's table: the best conversion of every model, and what nesting costs where that was measured."""
     lines = ["| model | 8 bits | 4 bits | 2 bits |", "|---|---|---|---|"]
-    if best := real().get("rows", {}).get(BEST):
-        cells = [_increased(best["increase"]["wikitext"][bits], interval=True) for bits in BITS]
-        lines.append("| SmolLM2-135M-Instruct | " + " | ".join(cells) + " |")
+    rows = real().get("rows", {})
+    if best := next((method for method in (BEST, "gptq") if method in rows), None):
+        cells = [_increased(rows[best]["increase"]["wikitext"][bits], interval=True) for bits in BITS]
+        lines.append(f"| SmolLM2-135M-Instruct ({best}) | " + " | ".join(cells) + " |")
     for name in ("gpt2", "llama", "babyllama105", "stories3M"):
         if name in found:
             rows, dense = found[name]["rows"], found[name]["dense"]
