@@ -56,8 +56,9 @@ _REAL_FOUND = """
 * **8 bits** cost half a percent at most by every method; expected was 0.3 %.
 * **4 bits**: rounding costs twice what was expected (53 %, expected 25), fitting takes most of it back: 9 % with
   *gptq*, as expected.
-* **Groups of 32**: these weights stand on a grid of 4 bits in groups of 32 already (Q4_1). Codes in the same groups lose
-  0.6 % at 4 bits if they are refitted (expected below 2), and 6 % if they are rounded, not 53. No other model would.
+* **Groups of 32**: these weights stand on a grid of 4 bits in groups of 32 already (Q4_1). Codes in the same groups
+  lose 0.6 % at 4 bits if they are refitted (expected below 2), and 6 % if they are rounded, not 53. No other model
+  would.
 * **2 bits** break the model by every method, as expected.
 * **The head and the embedding in codes** (one table here, a fifth of the model) cost less than 0.1 % at 8 bits, and a
   step reads 141 MB in place of 225: compare *rtn, head too* with *rtn*. At 4 bits it is free as well, next to what
