@@ -25,8 +25,10 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float
 
+from benchmarks import real_model
 from benchmarks.harness import environment
 from benchmarks.judged_text import articles, nats, scored_text
+from benchmarks.quality import C4, WIKITEXT, WIKITEXT_TRAIN
 from convert.pipeline import convert
 from qs_jax.adaptive.costs import Costs
 from qs_jax.choices import BITS, FULL, METHODS
@@ -37,7 +39,7 @@ from qs_jax.generation import GenerateOutput, generate
 from qs_jax.loading import load
 from reference_models.data import text_folder
 
-NAME = "smollm2"
+NAME = real_model.NAME
 CALIBRATION_TOKENS = 8192
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 _HEAD_TOO = {"exclude": "(?!)"}
@@ -60,7 +62,7 @@ Scores = dict[str, dict[str, Float[np.ndarray, " windows"]]]
 
 
 def study(source: Path, rows: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What each row loses and costs; once more after every row, and in the end what requests need."""
+    """What each row loses and costs; once more after every row."""
     dense, tokens = alone(scored, source, (None,))
     result: dict[str, Any] = {
         "model": NAME,
@@ -127,15 +129,15 @@ def converted(source: Path, target: Path, options: Mapping[str, Any]) -> dict[st
 
 def fitting_text() -> list[str]:
     """Documents of both kinds in turn."""
-    wikitext = read_documents(text_folder() / "wikitext_train_1000_passages.json")
-    web = read_documents(text_folder() / "c4-sample.jsonl", ":700")
+    wikitext = read_documents(text_folder() / WIKITEXT_TRAIN)
+    web = read_documents(text_folder() / C4, ":700")
     return list(chain.from_iterable(zip(wikitext, web, strict=False)))
 
 
 def judged_text() -> dict[str, list[str]]:
     """Other documents of both kinds."""
-    wikitext = (text_folder() / "wikitext103-test.raw.txt").read_text("utf-8")
-    return {"wikitext": articles(wikitext), "c4": read_documents(text_folder() / "c4-sample.jsonl", "-200:")}
+    wikitext = (text_folder() / WIKITEXT).read_text("utf-8")
+    return {"wikitext": articles(wikitext), "c4": read_documents(text_folder() / C4, "-200:")}
 
 
 def scored(folder: Path, precisions: Sequence[int | None]) -> tuple[Scores, int]:

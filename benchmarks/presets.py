@@ -40,6 +40,8 @@ from qs_jax.model import Model
 from qs_jax.request import bind_policy
 
 SCORED_TOKENS = 2560
+"""Of every text that policies are judged on; a search scores as many as the model's study."""
+
 _KEPT = (
     *("perplexity", "perplexity_off", "perplexity_increase", "perplexity_increase_interval", "windows"),
     *("flops_reduction", "bytes_reduction", "kv_reduction"),
@@ -138,7 +140,8 @@ def main() -> None:
         found.pop("environment", None)
         for name in arguments.models:
             chosen = studies()[name]
-            plan = Plan(max_tokens=512 if arguments.quick else SCORED_TOKENS)
+            tokens = chosen.scored_tokens if arguments.search else SCORED_TOKENS
+            plan = Plan(max_tokens=512 if arguments.quick else tokens)
             facts = {"date": environment()["date"], "device": environment()["device"]}
             if arguments.search and str(chosen.model) != real_model.NAME:
                 continue

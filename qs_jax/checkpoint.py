@@ -1,7 +1,7 @@
 """A converted folder on disk: one Orbax checkpoint per part of the model, configuration, tokenizer, manifest.
 
 The only module that knows Orbax. A part is the first component of a module path (`embedding`, `blocks.3`, …), so
-that saving and loading need one part in memory at a time.
+that saving needs one part in memory at a time, and loading a few.
 """
 
 import glob

@@ -1,12 +1,16 @@
 """How many programs were compiled, and how long tracing and compiling took."""
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import jax
 
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 _TRACED = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
+
+_MOST = 1000
+"""Functions traced within one other that are remembered."""
 
 
 @dataclass
@@ -19,7 +23,7 @@ class CompileMeter:
     programs: int = 0
     seconds: float = 0.0
     trace_seconds: float = 0.0
-    _traced: list[tuple[float, float]] = field(default_factory=list, repr=False, compare=False)
+    _traced: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_MOST), repr=False, compare=False)
 
     def reading(self) -> "CompileMeter":
         return CompileMeter(self.programs, self.seconds, self.trace_seconds)
@@ -42,12 +46,9 @@ class CompileMeter:
         """A function that is traced within another's trace ended before it, and counts once: with the other."""
         while self._traced and self._traced[-1][0] >= started:
             self.trace_seconds -= self._traced.pop()[1]
-        self._traced = [*self._traced[-_DEEPEST:], (started, duration)]
+        self._traced.append((started, duration))
         self.trace_seconds += duration
 
-
-_DEEPEST = 1000
-"""Functions within one other function that are remembered."""
 
 METER = CompileMeter()
 jax.monitoring.register_event_duration_secs_listener(METER._listen)

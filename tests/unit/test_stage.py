@@ -107,6 +107,9 @@ def test_logits_are_those_of_what_is_read_and_stay_where_nothing_is() -> None:
     later = last_layer(active, given).logits
     assert first is not None
     assert later is not None
+    network = tiny_model("llama").network
+    output = network.blocks[1].run(active.hidden_states, active.positions, ())
+    np.testing.assert_allclose(first[0], network.head(output.hidden_states[0, 2]), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(later[0], first[0])
     assert (later[1] == 1).all()
 
