@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qs_jax.lanes import lanes_for, multiply_in_lanes
 from qs_jax.matryoshka.kernel import NestedKernel
 
 Tree = TypeVar("Tree")
@@ -89,9 +90,11 @@ def _multiply_on_cores(
 
     XLA's CPU backend divides a small product badly among cores; a batch it divides well, and reads the weights up
     to twice as fast. Prefill-sized products are better left whole. One row of a narrower type than float32 goes as two:
-    a product of one is not among those the backend has a kernel for.
+    a product of one is not among those the backend has a kernel for. Few rows may go in lanes (`qs_jax.lanes`).
     """
     outputs, inputs = weights.shape
+    if lanes := lanes_for(x.shape[0], weights):
+        return multiply_in_lanes(x, weights, lanes)
     blocks = math.gcd(outputs, 1 << (_CORES.bit_length() - 1))
     rows = x.shape[0]
     if rows == 1 and x.dtype != jnp.float32:
