@@ -17,7 +17,7 @@ from qs_jax.cli_options import (
     Scheme,
     common_options,
 )
-from qs_jax.console import aside, print_json, progress, reporting_errors
+from qs_jax.console import aside, collecting_rarely, print_json, progress, reporting_errors
 
 app = typer.Typer(
     name="qs-convert", add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -117,7 +117,8 @@ def convert(
 
 def main() -> None:
     """Entry point of `qs-convert`."""
-    app()
+    with collecting_rarely():
+        app()
 
 
 if __name__ == "__main__":

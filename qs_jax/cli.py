@@ -17,7 +17,7 @@ from qs_jax.cli_options import (
     common_options,
     load_model,
 )
-from qs_jax.console import aside, print_json, reporting_errors
+from qs_jax.console import aside, collecting_rarely, print_json, reporting_errors
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.generation_defaults import NEUTRAL
@@ -248,7 +248,8 @@ def _print_stream(prompt: Any, pieces: Any) -> Any:
 
 def main() -> None:
     """Entry point of `qs-jax`."""
-    app()
+    with collecting_rarely():
+        app()
 
 
 if __name__ == "__main__":
