@@ -3,6 +3,7 @@
     python -m benchmarks.start                # SmolLM2; adds to benchmarks/results/start.json
     python -m benchmarks.start --dtype bfloat16
     python -m benchmarks.start --quick        # one round, nothing written
+    python -m benchmarks.start --trace llama-2-7b    # of a shape, without its weights: tracing and lowering alone
 
 Whole processes, in turn: `qs-jax generate` with nothing compiled (cold), the same with what that left in the
 compilation cache (warm), and transformers' greedy `generate` of the same folder if torch is there. Of ours the phases
@@ -21,15 +22,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from benchmarks import real_model
 from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.shapes import SHAPES
+from qs_jax.adaptive.binding import dense
 from qs_jax.console import reporting_errors
+from qs_jax.engine.decode import Controls, begin, decode_chunk
+from qs_jax.engine.prefill import first_capacity
+from qs_jax.engine.sampling import Sampling
+from qs_jax.engine.stage import Entering, run_stage
+from qs_jax.generation import CHUNK
+from qs_jax.models import abstract_network, parse_config
+from qs_jax.token_set import token_set
 
 PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 30, 5
+PROMPT_TOKENS = 1024
+"""Of a shape whose programs are traced."""
 
 _TRANSFORMERS = """
 import sys, torch
@@ -77,20 +93,55 @@ def measured(folder: Path, dtype: str, rounds: int) -> dict[str, dict[str, float
     return {name: {k: statistics.median(row[k] for row in rows) for k in rows[0]} for name, rows in found.items()}
 
 
+def traced(shape: str, dtype: str, rounds: int) -> dict[str, float]:
+    """Median seconds to trace and lower each program of a dense request, by its name; the weights are shapes."""
+    config = parse_config(SHAPES[shape], shape)
+    network, policy = abstract_network(config, dtype=dtype), dense(config)
+    controls = Controls(Sampling.of(), token_set(config.eos_token_ids), policy)
+    row, prompt = np.ones(1, np.int32), np.zeros((1, PROMPT_TOKENS), np.int32)
+    entering = Entering(prompt, np.asarray(0, np.int32), row * PROMPT_TOKENS, policy.protection)
+    capacity = first_capacity(PROMPT_TOKENS, NEW_TOKENS, CHUNK, config.max_position_embeddings)
+    layers = {"start": 0, "stop": config.num_hidden_layers, "capacity": capacity}
+    found: dict[str, list[float]] = {"run_stage": [], "begin": [], "decode_chunk": []}
+
+    def timed(program: Any, *args: Any, **static: Any) -> Any:
+        started = time.perf_counter()
+        lowered = program.trace(*args, **static)
+        lowered.lower()
+        found[program.__name__].append(time.perf_counter() - started)
+        return lowered.out_info
+
+    none = np.zeros((1, 0), bool)
+    for _ in range(rounds):
+        jax.clear_caches()
+        staged = timed(run_stage, network, entering, None, None, None, policy, **layers)
+        state, _ = timed(begin, staged.logits, row, row, np.zeros((1, 2), np.int32), none, row - 2, controls)
+        timed(decode_chunk, network, replace(state, cache=staged.cache), np.zeros((CHUNK, 1), np.int32), controls)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=real_model.NAME, help="smollm2, or a folder")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quick", action="store_true", help="one round, nothing written")
+    parser.add_argument("--trace", choices=tuple(SHAPES), metavar="SHAPE", help="trace and lower a shape's programs")
     arguments = parser.parse_args()
+    rounds = 1 if arguments.quick else ROUNDS
     with reporting_errors(debug=True):
-        sides = measured(real_model.place(arguments.model), arguments.dtype, 1 if arguments.quick else ROUNDS)
+        if arguments.trace:
+            sides = traced(arguments.trace, arguments.dtype, rounds)
+        else:
+            sides = measured(real_model.place(arguments.model), arguments.dtype, rounds)
     row: dict[str, Any] = {"sides": sides, "date": environment()["date"], "cpu": environment()["cpu"]}
     print(json.dumps(row, indent=1))
     if not arguments.quick:
         path = RESULTS / "start.json"
-        rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else {}
-        print(write_result("start", {"rows": {**rows, f"{arguments.model} {arguments.dtype}": row}}))
+        kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        kind = "traced" if arguments.trace else "rows"
+        rows = {**kept.get(kind, {}), f"{arguments.trace or arguments.model} {arguments.dtype}": row}
+        both = {name: kept[name] for name in ("rows", "traced") if name in kept}
+        print(write_result("start", {**both, kind: rows}))
 
 
 if __name__ == "__main__":
