@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import real_model
 from benchmarks.harness import RESULTS
 from benchmarks.plots import Panel, draw
 from benchmarks.speed import OURS, table
@@ -27,8 +28,9 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def measured() -> list[dict[str, Any]]:
-    """Every model's results on every machine."""
+    """Every model's results on every machine, the real model's first."""
     files = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
+    files.sort(key=lambda file: file["model"] != real_model.NAME)
     return [part for file in files for part in by_machine(file)]
 
 
@@ -62,7 +64,9 @@ def section(result: dict[str, Any]) -> str:
     parts = [
         f"## {result['model']}, {machine['cpu']}\n\n{machine['cores']} cores, float32 unless the side says otherwise.\n"
     ]
-    for study, title in _TITLES.items():
+    if result["model"] == real_model.NAME:
+        parts += [_REAL, by_side(result)]
+    for study, title in () if result["model"] == real_model.NAME else _TITLES.items():
         key = "batch" if study == "decode" else "tokens"
         rows = result.get(study, [])
         if rows:
@@ -71,6 +75,26 @@ def section(result: dict[str, Any]) -> str:
     if shares:
         parts.append(f"Share of the memory bandwidth measured in the same run that {OURS} reaches: {shares}.\n")
     return "\n".join(parts)
+
+
+def by_side(result: dict[str, Any]) -> str:
+    """One model's measurements with a row for each side, the fastest in bold, and how far it says what we say."""
+    columns = {f"step, batch {row['batch']}": row for row in result.get("decode", [])}
+    columns |= {f"first token after {row['tokens']}": row for row in result.get("prefill", [])}
+    columns |= {f"{row['tokens']} + {row['new_tokens']} tokens": row for row in result.get("request", [])}
+    names = dict.fromkeys(name for row in columns.values() for name in row["sides"])
+    lines = [f"| ms | {' | '.join(columns)} | same tokens |", "|" + "---|" * (len(columns) + 2)]
+    fastest = [min(side["median_ms"] for side in row["sides"].values()) for row in columns.values()]
+    for name in names:
+        times = [row["sides"].get(name, {}).get("median_ms") for row in columns.values()]
+        cells = [
+            "–" if ms is None else f"**{ms:.1f}**" if ms == least else f"{ms:.1f}"
+            for ms, least in zip(times, fastest, strict=True)
+        ]
+        judged = [(row["agreement"][name], row.get("batch", 1)) for row in columns.values() if name in row["sides"]]
+        share = sum(agreed * rows for agreed, rows in judged) / sum(rows for _, rows in judged)
+        lines.append(f"| {name} | {' | '.join(cells)} | {share:.0%} |")
+    return "\n".join([*lines, ""])
 
 
 def headline(results: list[dict[str, Any]]) -> str:
@@ -169,6 +193,14 @@ Against what a user would run instead, on the same weights, greedily, all cores,
 measure, `python -m benchmarks.speed_report` writes this page.
 
 ![speed](speed.png)
+"""
+
+_REAL = """SmolLM2-135M-Instruct (`python -m benchmarks.real_model`), milliseconds,
+the fastest in bold; a column is one run of `python -m benchmarks.speed decode`, `prefill` or `request` with `--model
+smollm2`. `same tokens` is the share of the first 8 tokens, over all columns, that are those of qs_jax's float32. Every
+side has the weights of one Q4_1 file, as they stand or written out in its own format; our codes are rounded to nearest,
+which takes no other time than fitted ones. llama.cpp is the wheel `xllamacpp`, built for any machine with AVX2, and
+"native" compiled on this one; its sides and OpenVINO's read GGUF, none keeps a prompt for the next call.
 """
 
 _PHASES = {
@@ -314,7 +346,9 @@ def documents() -> dict[Path, str]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    draw([decode_panel(result) for result in measured() if len(result.get("decode", [])) > 1], DOCS / "speed.png")
+    # more sides than colours stand beside the real model
+    drawn = [r for r in measured() if len(r.get("decode", [])) > 1 and r["model"] != real_model.NAME]
+    draw([decode_panel(result) for result in drawn], DOCS / "speed.png")
     for path, text in documents().items():
         path.write_text(text, "utf-8")
 
