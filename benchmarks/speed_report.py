@@ -189,18 +189,21 @@ def _flatness(scaling: dict[str, Any]) -> str:
 _INTRODUCTION = """# Speed
 
 Against what a user would run instead, on the same weights, greedily, all cores, interleaved rounds, medians;
-`benchmarks/results/speed_*.json` holds versions, dates and spreads. `python -m benchmarks.speed decode` and `prefill`
-measure, `python -m benchmarks.speed_report` writes this page.
+`benchmarks/results/speed_*.json` holds versions, dates and spreads. `python -m benchmarks.speed decode`, `prefill` and
+`request` measure, with the peers that are installed (`pip install "qs_jax[peers]"`); `python -m
+benchmarks.speed_report` writes this page.
 
 ![speed](speed.png)
 """
 
-_REAL = """SmolLM2-135M-Instruct (`python -m benchmarks.real_model`), milliseconds,
-the fastest in bold; a column is one run of `python -m benchmarks.speed decode`, `prefill` or `request` with `--model
-smollm2`. `same tokens` is the share of the first 8 tokens, over all columns, that are those of qs_jax's float32. Every
-side has the weights of one Q4_1 file, as they stand or written out in its own format; our codes are rounded to nearest,
-which takes no other time than fitted ones. llama.cpp is the wheel `xllamacpp`, built for any machine with AVX2, and
-"native" compiled on this one; its sides and OpenVINO's read GGUF, none keeps a prompt for the next call.
+_REAL = """SmolLM2-135M-Instruct (`python -m benchmarks.real_model`), milliseconds, the fastest in bold. A column is one
+run of `python -m benchmarks.speed decode`, `prefill` or `request` with `--model smollm2`; steps follow a prompt of 32
+tokens. `same tokens` is the share of the first 8 greedy tokens, over all columns, that are those of qs_jax's float32.
+Every side has the weights of one Q4_1 file, as they stand or written out in its own format: fewer bits than their own
+lose some of them again, and int8 products round what is multiplied. Our codes are rounded to nearest in groups of 64,
+which is why 4 bits say something else; fitted ones of that size take the same time. llama.cpp is the wheel `xllamacpp`,
+which is built for any machine with AVX2; it and OpenVINO read GGUF, in the format that they are named with. None keeps
+a prompt for the next call.
 """
 
 _PHASES = {
@@ -327,6 +330,20 @@ the request of `prefill`.
   compile in a tenth of the time. 4.5 s against 5.4, and nothing when loaded from the cache: XLA compiles equal
   kernels once either way, and clones the rest. Compiler options: without fusion emitters 17.7 s in place of 7.2,
   without the expensive passes of LLVM 9.0, its split count nothing. Not used.
+* **llama.cpp and OpenVINO beside us**, SmolLM2-135M on an EPYC with AVX-512 and its bfloat16 products. Expected: a step
+  of ours 24 ms in float32, 33 in bfloat16, 26 and 20 at 8 and 4 bits, llama.cpp 10 to 13, OpenVINO 9 to 16; 512 tokens
+  480 ms in float32 and 350 in bfloat16, llama.cpp 1,000 to 1,800, OpenVINO 350 to 450. Outcome: steps as expected and
+  ours at codes faster (19.6 and 14.4 ms), prompts of ours slower (738 and 417), OpenVINO faster (266 to 307): a whole
+  request takes it 0.87 to 1.29 s, ours 1.69 to 2.37. In its wheel, for AVX2, llama.cpp loses on prompts what its steps
+  gain. Its `llama-bench`, compiled on the machine, takes 730 ms for 512 tokens and 8.0 for a step of Q8_0, in F16 860
+  and 9.4 (a scratch build of another version, no prompt before the steps; Q4_1 was disturbed). Eight rows take OpenVINO
+  17 to 18 ms in every format, 1.2 to 2.0 times one; ours 2.2 times in float32, 1.1 in bfloat16 and 3.2 as codes;
+  llama.cpp 3.3 to 4.0.
+* **OpenVINO's Q4_1** says something else than the file: 23 % of the first tokens after 8 prompts are ours, where Q8_0
+  has 80 and F16 97. Guess: it stores where a group begins as a whole number of its steps, which moves the weights by 8
+  % of their norm. With weights so rounded and written as F16 it agrees with itself at 73 %, which int8 products and a
+  cache of 8 bits can explain. It reads neither F32 nor BF16 ("Unsupported quantization type"). optimum-intel, which
+  would convert the folder, requires transformers below 5.6 and was left out, as the GGUF needs no converter.
 * **Whole requests of the reference models**: calibration saves the prompt's work only. Of a dense Llama request of 284
   ms the prompt takes 100, so that 1.5 times would be out of reach if the prompt cost next to nothing (1.54), while no
   generated token may stop early within +0.2. Codes do not help models of 256 to 320: their kernels are too small to be
