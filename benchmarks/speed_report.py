@@ -332,13 +332,16 @@ the request of `prefill`.
   without the expensive passes of LLVM 9.0, its split count nothing. Not used.
 * **llama.cpp and OpenVINO beside us**, SmolLM2-135M on an EPYC with AVX-512 and its bfloat16 products. Expected: a step
   of ours 24 ms in float32, 33 in bfloat16, 26 and 20 at 8 and 4 bits, llama.cpp 10 to 13, OpenVINO 9 to 16; 512 tokens
-  480 ms in float32 and 350 in bfloat16, llama.cpp 1,000 to 1,800, OpenVINO 350 to 450. Outcome: steps as expected and
-  ours at codes faster (19.6 and 14.4 ms), prompts of ours slower (738 and 417), OpenVINO faster (266 to 307): a whole
-  request takes it 0.87 to 1.29 s, ours 1.69 to 2.37. In its wheel, for AVX2, llama.cpp loses on prompts what its steps
-  gain. Its `llama-bench`, compiled on the machine, takes 730 ms for 512 tokens and 8.0 for a step of Q8_0, in F16 860
-  and 9.4 (a scratch build of another version, no prompt before the steps; Q4_1 was disturbed). Eight rows take OpenVINO
-  17 to 18 ms in every format, 1.2 to 2.0 times one; ours 2.2 times in float32, 1.1 in bfloat16 and 3.2 as codes;
-  llama.cpp 3.3 to 4.0.
+  480 ms in float32 and 350 in bfloat16, llama.cpp 1,000 to 1,800, OpenVINO 350 to 450. At 8 rows: ours 70 in float32
+  and 110 at 4 bits, OpenVINO 25. Outcome: llama.cpp and OpenVINO at one row as expected, ours faster but in bfloat16
+  (31.1), at 8 rows all faster (44, 47 and 18); CTranslate2, expected at 30 and 15, slower (39.1 and 26.5). Prompts of
+  ours are slower (738 and 417), OpenVINO's faster (266 to 307): a whole request takes it 0.87 to 1.29 s, ours 1.69 to
+  2.37. In its wheel, for AVX2, llama.cpp loses on prompts what its steps gain. Its `llama-bench`, compiled on the
+  machine, takes 730 ms for 512 tokens and 8.0 for a step of Q8_0, in F16 860 and 9.4 (a scratch build of another
+  version, no prompt before the steps; Q4_1 was disturbed). Eight rows take OpenVINO 17 to 18 ms in every format, 1.2 to
+  2.0 times one; ours 2.2 times in float32, 1.1 in bfloat16 and 3.2 as codes; llama.cpp 3.3 to 4.0. A first run of the
+  steps at one row, beside other work, had 37 ms where this one has 20.5, and 25 GB/s of bandwidth for 35; it was thrown
+  away.
 * **OpenVINO's Q4_1** says something else than the file: 23 % of the first tokens after 8 prompts are ours, where Q8_0
   has 80 and F16 97. Guess: it stores where a group begins as a whole number of its steps, which moves the weights by 8
   % of their norm. With weights so rounded and written as F16 it agrees with itself at 73 %, which int8 products and a
