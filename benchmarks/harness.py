@@ -13,7 +13,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "transformers")
+_OURS = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+_PEERS = ("torch", "transformers", "ctranslate2", "xllamacpp", "openvino-genai")
 
 
 def environment() -> dict[str, Any]:
@@ -26,7 +27,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in (*_OURS, *_PEERS) if (version := _version(name))},
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -1,11 +1,12 @@
-"""What a user would run instead, on the same weights: transformers on torch, CTranslate2. Both optional installs.
+"""What a user would run instead, on the same weights, each where it is installed: transformers on torch, CTranslate2,
+and those of `gguf_peers`, llama.cpp and OpenVINO.
 
-pip install torch ctranslate2      # CTranslate2 converts from transformers' format and needs torch for that
+    pip install "qs_jax[peers]"    # CTranslate2 converts from transformers' format and needs torch for that
 """
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,20 @@ def write_hugging_face(model: Model, raw: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def installed_peers(folder: Path, threads: int, wanted: Sequence[str] | None = None) -> dict[str, Generate]:
-    """Every peer that is installed, by name such as "ctranslate2 int8"; `wanted` picks among them.
+def torch_makers(source: Path, work: Path, threads: int) -> dict[str, Callable[[], Generate]]:
+    """How to start each peer that is installed, by name such as "ctranslate2 int8".
 
     Args:
-        folder: what `write_hugging_face` wrote; CTranslate2's own form of it is kept beside.
+        source: a Hugging Face folder with a tokenizer.
+        work: a folder for CTranslate2's own form of it.
         threads: how many cores each may use.
-        wanted: names, or None for all.
     """
     makers: dict[str, Callable[[], Generate]] = {}
     if importlib.util.find_spec("torch"):
-        makers |= {f"transformers {d}": lambda d=d: transformers_peer(folder, d, threads) for d in TRANSFORMERS}
+        makers |= {f"transformers {d}": lambda d=d: transformers_peer(source, d, threads) for d in TRANSFORMERS}
         if importlib.util.find_spec("ctranslate2"):
-            makers |= {f"ctranslate2 {t}": lambda t=t: ctranslate2_peer(folder, t, threads) for t in CTRANSLATE2}
-    return {name: make() for name, make in makers.items() if wanted is None or name in wanted}
+            makers |= {f"ctranslate2 {t}": lambda t=t: ctranslate2_peer(source, work, t, threads) for t in CTRANSLATE2}
+    return makers
 
 
 def transformers_peer(folder: Path, dtype: str, threads: int) -> Generate:
@@ -78,19 +79,20 @@ def transformers_peer(folder: Path, dtype: str, threads: int) -> Generate:
     return generate
 
 
-def ctranslate2_peer(folder: Path, compute_type: str, threads: int) -> Generate:
+def ctranslate2_peer(source: Path, work: Path, compute_type: str, threads: int) -> Generate:
     """CTranslate2's generator; the model is converted on first use."""
     import ctranslate2
 
-    converted = folder / f"ctranslate2-{compute_type}"
+    converted = work / f"ctranslate2-{compute_type}"
     if not converted.is_dir():
-        converter = ctranslate2.converters.TransformersConverter(str(folder))
+        converter = ctranslate2.converters.TransformersConverter(str(source))
         converter.convert(str(converted), quantization=compute_type)
     generator = ctranslate2.Generator(str(converted), "cpu", compute_type=compute_type, intra_threads=threads)
+    spelt = Tokenizer.from_file(str(source / "tokenizer.json")).id_to_token
 
     def generate(prompts: Prompts, new_tokens: int) -> Prompts:
         results = generator.generate_batch(
-            [[_spelling(token) for token in prompt] for prompt in prompts],
+            [[spelt(token) for token in prompt] for prompt in prompts],
             max_length=new_tokens,
             min_length=new_tokens,
             include_prompt_in_result=False,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed decode --model gpt2-124m --batch 1 2     # adds to results/speed_gpt2-124m.json
     python -m benchmarks.speed prefill --model gpt2-124m --tokens 128 512 1023
+    python -m benchmarks.speed request --model smollm2 --tokens 512     # the real model, with every peer
     python -m benchmarks.speed request --model reference_models/llama --tokens 512 --bits --policy FILE
     python -m benchmarks.speed decode --quick                           # two rounds, nothing written
 
@@ -25,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import real_model
+from benchmarks.gguf_peers import gguf_makers
 from benchmarks.harness import RESULTS, environment, interleaved, median_ratio, summary, write_result
-from benchmarks.peers import Generate, Prompts, installed_peers, write_hugging_face
+from benchmarks.peers import Generate, Prompts, torch_makers, write_hugging_face
 from benchmarks.quality import STORIES
 from benchmarks.shapes import NAMES, SHAPES, model_named, nested_model
 from qs_jax.adaptive.costs import Costs
@@ -60,6 +62,25 @@ def our_sides(model: Model, dtypes: Sequence[str], bits: Sequence[int], policies
         nested = nested_model(model)
         sides |= {f"qs_jax {b}-bit": our_generate(nested, bits=b) for b in bits}
     return sides | {f"qs_jax {policy}": our_generate(model, policy=policy) for policy in policies}
+
+
+def peer_sides(model: Model, work: Path, wanted: Sequence[str] | None) -> dict[str, Generate]:
+    """Every peer that is installed and can run the model, or those `wanted`; their copies of the weights in `work`.
+
+    A folder of one's own has transformers beside it, unless others are wanted.
+    """
+    threads = environment()["cores"]
+    if model.name in SHAPES:
+        source = write_hugging_face(model, SHAPES[model.name], work / "hugging_face")
+        makers = torch_makers(source, work, threads)
+    elif model.name == real_model.NAME:
+        makers = torch_makers(real_model.folder(), work, threads) | gguf_makers(real_model.gguf_file(), work, threads)
+    elif (Path(model.name) / "model.safetensors").is_file():
+        makers = torch_makers(Path(model.name), work, threads)
+        wanted = wanted or ["transformers float32"]
+    else:
+        makers = {}
+    return {name: make() for name, make in makers.items() if wanted is None or name in wanted}
 
 
 def same_prompts(model: Model, batch: int, tokens: int) -> Prompts:
@@ -129,9 +150,10 @@ def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int,
 def request_row(model: Model, sides: dict[str, Generate], tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     """One prompt length at batch 1: time to the last new token."""
     prompts = same_prompts(model, 1, tokens)
+    agreed = agreement(sides, prompts)
     seconds = interleaved({name: lambda side=side: side(prompts, new_tokens) for name, side in sides.items()}, rounds)
     facts = {"tokens": tokens, "new_tokens": new_tokens, "rounds": rounds}
-    return {**facts, "sides": compared(seconds), **_here_and_now()}
+    return {**facts, "sides": compared(seconds), "agreement": agreed, **_here_and_now()}
 
 
 def _here_and_now() -> dict[str, str]:
@@ -181,16 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two rounds of 16 steps, nothing written")
     arguments = parser.parse_args(argv)
     steps, rounds = (16, 2) if arguments.quick else (arguments.steps, arguments.rounds)
-    threads = environment()["cores"]
     with reporting_errors(debug=True), tempfile.TemporaryDirectory() as temporary:
         model = model_named(arguments.model)
         sides = our_sides(model, arguments.dtypes, arguments.bits, arguments.policy)
-        if arguments.model in SHAPES:
-            folder = (arguments.folder or Path(temporary)) / arguments.model
-            source = write_hugging_face(model, SHAPES[arguments.model], folder)
-            sides |= installed_peers(source, threads, arguments.peers)
-        elif ((source := real_model.place(arguments.model)) / "model.safetensors").is_file():
-            sides |= installed_peers(source, threads, arguments.peers or ["transformers float32"])
+        sides |= peer_sides(model, (arguments.folder or Path(temporary)) / Path(arguments.model).name, arguments.peers)
         key = "batch" if arguments.study == "decode" else "tokens"
         for value in getattr(arguments, key):
             if arguments.study == "decode":

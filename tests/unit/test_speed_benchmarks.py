@@ -1,20 +1,24 @@
 """The pure parts of the speed benchmarks."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
+from benchmarks.gguf_peers import FILE_TYPES, in_format
 from benchmarks.gpu import descend
 from benchmarks.host_overhead import host_seconds_per_chunk
 from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
-from benchmarks.speed_report import by_machine, decode_panel, documents, headline, page, with_headline
+from benchmarks.speed_report import by_machine, by_side, decode_panel, documents, headline, page, with_headline
 from benchmarks.step_profile import by_kind
 from qs_jax.matryoshka.kernel import NestedKernel
+from tests.ggufs import write_gguf
 from tests.tiny import tiny_model
 
 
@@ -71,6 +75,33 @@ def test_the_page_says_what_was_not_measured() -> None:
     assert "On d the host costs 0.25 ms per chunk" in text
     assert decode_panel(result).lines["once"] == ([8], [300.0])
     assert table(result["decode"][:1], "batch").startswith(f"| batch | {OURS}, ms | peer, ms |")
+
+
+def test_the_real_models_table_has_a_row_for_each_side() -> None:
+    step, request = row(8, 0.02, 0.03), {"tokens": 512, "new_tokens": 64, **row(1, 0.4, 0.3)}
+    step["sides"]["once"] = step["sides"]["peer"]
+    step["agreement"], request["agreement"] = {OURS: 1.0, "peer": 0.75, "once": 0.5}, {OURS: 1.0, "peer": 0.5}
+    lines = by_side({"decode": [step], "request": [{**request, "batch": 4}]}).splitlines()
+    assert lines[0] == "| ms | step, batch 8 | 512 + 64 tokens | same tokens |"
+    assert lines[2:] == [
+        f"| {OURS} | **20.0** | 400.0 | 100% |",
+        "| peer | 30.0 | **300.0** | 67% |",
+        "| once | 30.0 | – | 50% |",
+    ]
+
+
+def test_a_file_in_another_format_holds_the_same_model(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf", general__file_type=int(FILE_TYPES["Q4_1"]))
+    assert in_format(source, tmp_path, "Q4_1") == source
+    made = in_format(source, tmp_path / "work", "F16")
+    before, after = GGUFReader(source), GGUFReader(made)
+    apart = {name for name, field in after.fields.items() if field.contents() != before.fields[name].contents()}
+    assert apart == {"general.file_type"}
+    for ours, theirs in zip(after.tensors, before.tensors, strict=True):
+        assert (ours.name, ours.tensor_type.name) == (theirs.name, "F16" if theirs.data.ndim == 2 else "F32")
+        np.testing.assert_allclose(ours.data, theirs.data, atol=1e-3)
+    written = made.stat().st_mtime_ns
+    assert in_format(source, tmp_path / "work", "F16").stat().st_mtime_ns == written
 
 
 def test_the_headline_shows_the_fastest_and_replaces_the_old_one() -> None:
