@@ -11,7 +11,7 @@ are those of `timing`; `imports_s` is what is left of the process. The first rou
 counted.
 
 Prediction, before equal layers were traced once: loading 1 s without traced initialisers, in place of 3; tracing less
-than 1; warm 5 s in all. Outcome: docs/speed.md.
+than 1; warm 5 s in all. Outcome: docs/speed.md, docs/tried.md.
 """
 
 import argparse
