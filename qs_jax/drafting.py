@@ -14,8 +14,8 @@ from qs_jax.generation_config import GenerationSettings
 from qs_jax.kernels import has_planes
 from qs_jax.model import Model
 
-_LOOKED_UP = (4, 8)
-"""Drafts a round where they cost nothing. More are seldom right to the end."""
+_LOOKED_UP = (8, 4)
+"""Drafts a round where they cost nothing but a longer pass; text that repeats itself often does so at length."""
 
 _RUN = 3
 """Drafts a round where each is a step of its own."""

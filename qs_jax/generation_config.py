@@ -145,9 +145,11 @@ class GenerationConfig:
 
     def _check_drafts(self) -> None:
         self._require("exact", isinstance(self.exact, bool), "true or false")
-        names = (self.draft,) if isinstance(self.draft, str) else self.draft
-        known = isinstance(names, list | tuple) and len(names) > 0 and all(map(is_draft, names))
-        self._require("draft", known, f"one of {', '.join(DRAFTS)}, or a list of them")
+        several = isinstance(self.draft, Sequence) and not isinstance(self.draft, str)
+        names: list[Any] = list(self.draft) if several else [self.draft]
+        self._require(
+            "draft", bool(names) and all(map(is_draft, names)), f"one of {', '.join(DRAFTS)}, or a list of them"
+        )
         checking = [name for name in names[1:] if name.startswith("bits:")]
         bits = [name for name in names if name.startswith("bits:")]
         in_order = len(checking) == len(names) - 1 and bits == sorted(set(bits))

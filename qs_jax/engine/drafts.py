@@ -52,7 +52,7 @@ class Lookup:
             wanted = jnp.take_along_axis(history, jnp.maximum(last - back, 0)[:, None], axis=1)
             # a row shorter than what is looked for, and places with too little before them, match no longer
             alike &= (jnp.roll(history, back, axis=1) == wanted) & (places >= back) & (last[:, None] >= back)
-            matched += alike
+            matched += alike.astype(jnp.int32)
         at = jnp.argmax(matched * history.shape[1] + jnp.where(matched > 0, places, 0), axis=1).astype(jnp.int32)
         period = jnp.maximum(last - at, 1)[:, None]
         follow = at[:, None] + 1 + jnp.arange(count, dtype=jnp.int32) % period
