@@ -27,6 +27,9 @@ from qs_jax.token_set import token_set
 _FEWEST_ROWS_TO_SHRINK = 4
 _CHUNKS_WORTH_SHRINKING = 2
 
+_TOKENS_PER_ROUND = 4
+"""As many as a round may be hoped to bring: a chunk of rounds brings about as much text as one of steps."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -151,7 +154,7 @@ class Session:
     def _rounds(self, state: DecodeState, batch: _Batch, count: int) -> tuple[DecodeState, Chosen, int]:
         """A chunk of rounds of `count` drafts, and how many of them ran a layer."""
         assert self.drafts is not None
-        number, draft = max(1, self.request.chunk_size // (count + 1)), self.drafts.draft
+        number, draft = max(1, self.request.chunk_size // _TOKENS_PER_ROUND), self.drafts.draft
         left = min(number * (count + 1), self._left(batch))
         longest = self._longest(left)
         state = self._make_room(state, batch, left)
