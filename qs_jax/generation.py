@@ -44,7 +44,9 @@ class GenerateOutput:
     of the prompt token it went on in, or -1) and `prompt_signal` per prompt and token. Layers run are those after which
     a token halted or fused, or else all of them; for the last one see `qs_jax.engine.prefill.PromptTrace`. Times in
     `timing` are seconds of wall clock; `trace_s` and `compile_s` (or loading what was compiled before) are part of the
-    phase in which they happened; `load_s`, of the model, is part of none.
+    phase in which they happened; `load_s`, of the model, is part of none. `decode_steps` are passes over the weights.
+    In exact mode `timing` and, per row, `trace` have `rounds`, `drafted` and `accepted` (drafts, and those that were
+    right); `trace` has the latter two by round as well, `timing` the plain steps among the passes as `fallback`.
     """
 
     texts: list[str]

@@ -6,6 +6,7 @@ gain, and gone on with where its measured time keeps the promise. So text that d
 steps, at the cost of the replay.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,12 @@ _WORTH = 0.95
 _HOPED = 0.15
 """What a draft adds to the time of a round, as a share of a step's, before any was measured: little, as where reading
 weights takes all the time."""
+
+_STAKE = 0.02
+"""What share of the time of plain steps may be lost on rounds before any text was seen."""
+
+ROUNDS = 4
+"""Of a chunk."""
 
 Shape = tuple[int, bool, bool]
 """What times depend on beside the model and the number of drafts: rows held, and whether they sample and penalise."""
@@ -118,6 +125,7 @@ class Drafts:
     def __init__(self, drafting: Drafting, model: CausalLM, prompts: Sequence[Sequence[int]]):
         self._drafting, self._times = drafting, _TIMES.setdefault(model, {})
         self._text = np.zeros((len(prompts), model.config.max_position_embeddings), np.int32)
+        self._opened = False
         self._lengths = np.asarray([len(prompt) for prompt in prompts])
         self._replays: list[list[Replay]] = []
         for row, prompt in enumerate(prompts):
@@ -167,13 +175,16 @@ class Drafts:
             self.drafted[row] += rounds.drafted[live[:, place], place].tolist()
             self.accepted[row] += rounds.accepted[live[:, place], place].tolist()
 
-    def choose(self, live: Int[np.ndarray, " live"], shape: Shape) -> int:
-        """Drafts a round for these rows; 0 for plain steps."""
+    def choose(self, live: Int[np.ndarray, " live"], shape: Shape, left: int) -> int:
+        """Drafts a round for these rows, of which some may still gain `left` tokens; 0 for plain steps."""
         if not self._drafting.adapts:
             return self._drafting.counts[0]
         step = self._seconds(0, shape)
         if step is None:
             return 0
+        if not self._opened:
+            self._opened = True
+            return self._opening(shape, step, left)
         best, least = 0, _WORTH * step
         for place, count in enumerate(self._drafting.counts):
             replays = [self._replays[row][place] for row in live]
@@ -185,6 +196,13 @@ class Drafts:
             for replay in self._replays[row]:
                 replay.fade()
         return best
+
+    def _opening(self, shape: Shape, step: float, left: int) -> int:
+        """Before there is any text to replay: rounds, if they are known to cost little even where no draft is right."""
+        count = self._drafting.counts[0]
+        seconds = self._seconds(count, shape)
+        lost = math.inf if seconds is None else ROUNDS * (seconds - step)
+        return count if lost <= _STAKE * step * left else 0
 
     def took(self, count: int, shape: Shape, seconds: float) -> None:
         """A round of so many drafts, or a plain step (0), took so long; compilation apart."""

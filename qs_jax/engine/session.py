@@ -18,7 +18,7 @@ from qs_jax.engine.compilation import METER
 from qs_jax.engine.decode import Chosen, Controls, DecodeState, begin, decode_chunk
 from qs_jax.engine.exact import exact_chunk
 from qs_jax.engine.meter import Meter
-from qs_jax.engine.pacing import Drafting, Drafts
+from qs_jax.engine.pacing import ROUNDS, Drafting, Drafts
 from qs_jax.engine.prefill import Prefilled, first_capacity, grow_jit, prefill
 from qs_jax.engine.sampling import Sampling
 from qs_jax.models.base import CausalLM
@@ -26,9 +26,6 @@ from qs_jax.token_set import token_set
 
 _FEWEST_ROWS_TO_SHRINK = 4
 _CHUNKS_WORTH_SHRINKING = 2
-
-_TOKENS_PER_ROUND = 4
-"""As many as a round may be hoped to bring: a chunk of rounds brings about as much text as one of steps."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class Session:
                 return
             started = time.perf_counter()
             state = self._shrink(state, batch)
-            count = self.drafts.choose(batch.rows[~batch.done], self._shape(batch)) if self.drafts else 0
+            count = self._drafts_a_round(batch)
             before = METER.reading()
             state, chosen, passes = self._rounds(state, batch, count) if count else self._steps(state, batch)
             seconds = time.perf_counter() - started
@@ -154,13 +151,13 @@ class Session:
     def _rounds(self, state: DecodeState, batch: _Batch, count: int) -> tuple[DecodeState, Chosen, int]:
         """A chunk of rounds of `count` drafts, and how many of them ran a layer."""
         assert self.drafts is not None
-        number, draft = max(1, self.request.chunk_size // _TOKENS_PER_ROUND), self.drafts.draft
-        left = min(number * (count + 1), self._left(batch))
+        draft = self.drafts.draft
+        left = min(ROUNDS * (count + 1), self._left(batch))
         longest = self._longest(left)
         state = self._make_room(state, batch, left)
         capacities = [layer.capacity for layer in state.cache]
         history = self.drafts.history(batch.rows, capacities[0])
-        state, chunk = exact_chunk(self.model, state, history, draft, self._controls, count=count, rounds=number)
+        state, chunk = exact_chunk(self.model, state, history, draft, self._controls, count=count, rounds=ROUNDS)
         chunk, batch.done = jax.device_get((chunk, state.done))
         batch.slots = chunk.filled.tolist()
         self.drafts.count(chunk.rounds, batch.rows)
@@ -169,6 +166,11 @@ class Session:
         )
         ahead = self._ahead(chosen, batch)
         return state, chosen, self._meter.rounds(chunk, draft, capacities, longest, twin_steps=ahead)
+
+    def _drafts_a_round(self, batch: _Batch) -> int:
+        """0 for plain steps."""
+        live = batch.rows[~batch.done]
+        return self.drafts.choose(live, self._shape(batch), self._left(batch)) if self.drafts else 0
 
     def _left(self, batch: _Batch) -> int:
         """Most tokens that a live row may still produce."""
