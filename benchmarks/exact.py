@@ -101,7 +101,7 @@ def measured(model: Model, prompt: str, candidates: dict[str, dict[str, Any]], r
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--draft", action="append", help="repeat for several; not a cascade")

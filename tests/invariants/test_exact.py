@@ -16,7 +16,7 @@ import qs_jax
 from qs_jax.adaptive.binding import bind, dense
 from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.ledger import PassCosts
-from qs_jax.adaptive.policy import Policy
+from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.cache import allocate
 from qs_jax.engine import session as sessions
 from qs_jax.engine.compilation import METER
@@ -124,7 +124,7 @@ def test_the_last_places_of_the_context(name: str) -> None:
     plain = run(model, prompts, 9)
     exact = run(model, prompts, 9, Lookup(), count=8)
     assert_same(exact, plain)
-    halting = replace(LLAMA_AFFINE.policy.decode_halting, thresholds=math.inf, entropy_below=None, layers=(1,))
+    halting = Halting("relative_drift", math.inf, layers=(1,))
     policy = Policy("early", decode_halting=halting, kv_rule="affine")
     lens = Steps(bind(policy, model.config, planes=False, lens=True))
     assert_same(run(model, prompts, 9, lens), plain)
@@ -196,6 +196,7 @@ def test_stop_strings_and_streaming() -> None:
     free = qs_jax.generate(model, prompt, max_new_tokens=30)
     options: dict[str, Any] = {"max_new_tokens": 30, "stop_strings": free.texts[0][11:13]}
     plain = qs_jax.generate(model, prompt, **options)
+    exact: Any = None
     pieces, stream = [], qs_jax.stream(model, prompt, exact=True, draft="lookup", **options)
     while True:
         try:

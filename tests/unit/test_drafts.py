@@ -82,7 +82,7 @@ def test_names_stand_for_drafts() -> None:
     assert float(lens.decode_halting.thresholds[3]) == math.inf
     assert asked(codes, draft=["lens:1"]).draft.policy.decode_halting.layers == (1,)
     cascade = asked(codes, draft=["lookup", "bits:2", "bits:4"]).draft
-    assert isinstance(cascade, Cascade)
+    assert (type(cascade), type(cascade.first)) == (Cascade, Cascade)
     assert (cascade.bits, cascade.first.bits, cascade.first.first) == (4, 2, Lookup())
     assert all(isinstance(draft, Draft) for draft in (auto.draft, bits, cascade))
 
@@ -90,7 +90,7 @@ def test_names_stand_for_drafts() -> None:
 def test_what_cannot_draft_is_refused_in_one_line() -> None:
     dense, codes = tiny_model("llama"), quantised(tiny_model("llama"))
     prompts_only = Policy("early", prompt_halting=Halting("relative_drift", 0.1))
-    for model, options, complaint in (
+    refused: list[tuple[Model, dict[str, Any], str]] = [
         (dense, {"draft": "bits:4"}, "needs Matryoshka weights.*qs-convert --quantize"),
         (dense, {"draft": "lens"}, "needs a lens.*qs-jax lens"),
         (with_random_lens(dense), {"draft": "lens:2"}, "lens:2 is not between.*1 to 1"),
@@ -98,7 +98,8 @@ def test_what_cannot_draft_is_refused_in_one_line() -> None:
         (dense, {"policy": DECODE}, "policy p is at most a draft"),
         (dense, {"draft": "policy"}, "policy off does nothing on generated tokens"),
         (dense, {"draft": "policy", "policy": prompts_only}, "policy early does nothing on generated tokens"),
-    ):
+    ]
+    for model, options, complaint in refused:
         with pytest.raises(GenerationError, match=complaint) as raised:
             qs_jax.generate(model, PROMPTS, exact=True, **options)
         assert "\n" not in str(raised.value)

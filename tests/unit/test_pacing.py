@@ -1,5 +1,7 @@
 """When to draft: text is replayed as rounds would go, and rounds that are too slow are given up."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,9 @@ def gained(tokens: list[int]) -> Chosen:
     """A chunk in which the only row chose these."""
     column = np.asarray(tokens, np.int32)[:, None]
     numbers = np.zeros(column.shape, np.float32)
-    return Chosen(column, numbers, column >= 0, column, column, numbers, np.zeros((*column.shape, 0), np.float32))
+    logits = np.zeros((*column.shape, 0), np.float32)
+    on_the_host: tuple[Any, ...] = (column, numbers, column >= 0, column, column, numbers, logits)
+    return Chosen(*on_the_host)
 
 
 def drafts(*, adapts: bool = True) -> Drafts:
