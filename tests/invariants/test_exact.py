@@ -283,7 +283,7 @@ def test_the_ledger_of_a_pass_is_xla_s_own_count() -> None:
     )
     cache = tuple(allocate(config, 2, 256, jnp.dtype("float32")) for _ in range(config.num_hidden_layers))
     history = jnp.zeros((2, 256), jnp.int32)
-    lowered = jax.jit(exact_round, static_argnums=5).lower(
+    lowered: Any = jax.jit(exact_round, static_argnums=5).lower(
         network, replace(state, cache=cache), history, Scripted(history), controls, 4
     )
     counted = lowered.cost_analysis()["flops"]
