@@ -1,6 +1,7 @@
 """What people choose among, and what counts as a number. Imports nothing heavy: the command line shows these."""
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,9 @@ CODEBOOK_NAMES = ("even", "companded")
 SCHEMES = ("matryoshka",)
 """How weights may be quantised."""
 
+DRAFTS = ("auto", "lookup", "bits:4", "bits:2", "policy", "lens", "lens:LAYER")
+"""What may propose tokens in exact mode."""
+
 DOCUMENTS = ":"
 """Which documents of a text, as a slice, where nobody says: all of them."""
 
@@ -40,3 +44,8 @@ def is_whole(value: Any, least: int | None = None) -> bool:
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     """Numbers between two bounds, infinities among them only where a bound is infinite; not NaN, no booleans."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_draft(name: Any) -> bool:
+    """Whether something is one of `DRAFTS`, with a number in place of LAYER."""
+    return isinstance(name, str) and (name in DRAFTS[:-1] or re.fullmatch(r"lens:[0-9]{1,6}", name) is not None)

@@ -11,6 +11,8 @@ from qs_jax.cli_options import (
     Bits,
     Commands,
     Common,
+    DraftOption,
+    Exact,
     ModelArgument,
     PolicyOption,
     Version,
@@ -47,6 +49,7 @@ def _commands(version: Version = False) -> None:
   qs-jax generate ./model --prompt "Once upon a time"
   qs-jax generate ./model --prompt "Once upon a time" --temperature 0.8 --seed 1
   qs-jax generate ./model --prompt "Hi" --chat --stop "\\n\\n" --stop "<|im_end|>"
+  qs-jax generate ./model --prompt "Once upon a time" --exact --draft lookup
   echo "Once upon a time" | qs-jax generate ./model --prompt - --json"""
 )
 @common_options()
@@ -58,6 +61,8 @@ def generate(
     ],
     policy: PolicyOption = "off",
     bits: Bits = DEFAULTS.bits,
+    exact: Exact = DEFAULTS.exact,
+    draft: DraftOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to produce.")] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
@@ -93,6 +98,8 @@ def generate(
         settings = {
             "policy": policy,
             "bits": bits,
+            "exact": exact,
+            "draft": draft or None,
             "max_new_tokens": max_new_tokens,
             "repetition_penalty": repetition_penalty,
             "stop_strings": [unescape(text) for text in stop or ()],
@@ -120,6 +127,8 @@ def bench(
     model: ModelArgument,
     policy: PolicyOption = "off",
     bits: Bits = DEFAULTS.bits,
+    exact: Exact = DEFAULTS.exact,
+    draft: DraftOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the random prompts.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per row.")] = 64,
@@ -128,19 +137,26 @@ def bench(
 ) -> None:
     """Measure prefill and decoding speed, and how much of the memory bandwidth decoding reaches."""
     with reporting_errors(common.debug):
-        asked = GenerationConfig.of(policy=policy, bits=bits)
+        asked = GenerationConfig.of(policy=policy, bits=bits, exact=exact, draft=draft or None)
         from qs_jax.evaluation.benchmark import benchmark
 
         loaded = load_model(model, common)
         figures = benchmark(
-            loaded, policy=asked.policy, bits=bits, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+            loaded,
+            policy=asked.policy,
+            bits=bits,
+            exact=exact,
+            draft=asked.draft,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
         )
         if common.json:
             print_json(figures)
             return
         print(
             f"{figures['tokens_per_second']:.1f} tokens/s at batch {batch}, "
-            f"{figures['decode_ms_per_step']:.2f} ms a step\n"
+            f"{figures['decode_ms_per_step']:.2f} ms a {'round' if exact else 'step'}{_drafts(figures)}\n"
             f"{figures['bandwidth_gb_s']:.1f} GB/s of weights, "
             f"{figures['bandwidth_fraction']:.0%} of measured bandwidth\n"
             f"prefill of {prompt_tokens} tokens {figures['prefill_s']:.3f} s, "
@@ -230,6 +246,17 @@ def _took(output: Any) -> str:
         f"{sum(output.lengths)} tokens, {timing['tokens_per_second']:.1f} tokens/s "
         f"(prefill {timing['prefill_s']:.2f} s, decoding {timing['decode_s']:.2f} s, "
         f"of which compiling {timing['compile_s']:.2f} s), {', '.join(sorted(set(output.finish_reasons)))}"
+        f"{_drafts(timing)}"
+    )
+
+
+def _drafts(figures: Any) -> str:
+    """What became of drafts, where there was exact mode."""
+    if "rounds" not in figures:
+        return ""
+    return (
+        f", {figures['rounds']} rounds with {figures['accepted']} of {figures['drafted']} drafts right, "
+        f"{figures['fallback']} plain steps"
     )
 
 

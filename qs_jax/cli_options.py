@@ -38,6 +38,17 @@ PolicyOption = Annotated[
     ),
 ]
 Bits = Annotated[int | None, OneOf(BITS), typer.Option(help="Precision of Matryoshka weights for every token.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Same text as without, faster where drafts of it are often right: --draft.")
+]
+DraftOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--draft",
+        metavar="DRAFT",
+        help="With --exact: auto (default), lookup, bits:4, bits:2, policy, lens, lens:LAYER; repeat for a cascade.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 

@@ -27,6 +27,9 @@ CHUNK = 32
 
 _STREAMING_CHUNK = 8
 
+_WATCHING_CHUNK = 16
+"""Where what is drafted depends on the text so far: seen soon enough, and seldom enough."""
+
 
 @dataclass(frozen=True)
 class GenerateOutput:
@@ -41,7 +44,9 @@ class GenerateOutput:
     of the prompt token it went on in, or -1) and `prompt_signal` per prompt and token. Layers run are those after which
     a token halted or fused, or else all of them; for the last one see `qs_jax.engine.prefill.PromptTrace`. Times in
     `timing` are seconds of wall clock; `trace_s` and `compile_s` (or loading what was compiled before) are part of the
-    phase in which they happened; `load_s`, of the model, is part of none.
+    phase in which they happened; `load_s`, of the model, is part of none. `decode_steps` are passes over the weights.
+    In exact mode `timing` and, per row, `trace` have `rounds`, `drafted` and `accepted` (drafts, and those that were
+    right); `trace` has the latter two by round as well, `timing` the plain steps among the passes as `fallback`.
     """
 
     texts: list[str]
@@ -94,13 +99,15 @@ class _Generation:
     def __init__(self, model: Model, prompts: Any, config: GenerationConfig, *, chunk_size: int, streaming: bool):
         self.started, self.load_seconds = time.perf_counter(), model.load_seconds
         self.settings = in_force(config, model.defaults, model.config)
+        if self.settings.exact:
+            chunk_size = min(chunk_size, _WATCHING_CHUNK)
         request = prepare(model, prompts, self.settings, chunk_size=chunk_size)
         bits = self.settings.bits
         self.session = Session(model.network_at(bits), request, bits=bits or FULL)
         self.request = request
         self.streaming = streaming
         self.rows = []
-        for prompt in [prompt for prompt in request.prompts for _ in range(request.copies)]:
+        for prompt in request.prompts_by_row:
             self.rows.append(_row(model, prompt, self.settings.stop_strings))
 
     def pieces(self) -> Iterator[StreamPiece]:
@@ -163,8 +170,21 @@ class _Generation:
                 "trace_s": self.session.trace_seconds,
                 "compile_s": self.session.compile_seconds,
                 "tokens_per_second": sum(lengths) / elapsed,
+                **self._drafting(),
             },
         )
+
+    def _drafting(self) -> dict[str, float]:
+        """What became of drafts, over all rows; nothing where there were none to be."""
+        drafts = self.session.drafts
+        if drafts is None:
+            return {}
+        return {
+            "rounds": sum(map(len, drafts.drafted)),
+            "drafted": sum(map(sum, drafts.drafted)),
+            "accepted": sum(map(sum, drafts.accepted)),
+            "fallback": self.session.decode_steps - self.session.rounds,
+        }
 
     def _trace(self) -> dict[str, Any]:
         assert self.session.prefilled is not None
@@ -178,6 +198,7 @@ class _Generation:
             "prompt_layers_run": [layers.tolist() for layers in prompt.layers_run],
             "prompt_fused_with": [tokens.tolist() for tokens in prompt.fused_with],
             "prompt_signal": [values.tolist() for values in prompt.signal],
+            **(self.session.drafts.trace if self.session.drafts else {}),
         }
 
     def _text(self, row: _Row) -> str:
@@ -281,6 +302,7 @@ def _to_json(settings: GenerationSettings) -> dict[str, Any]:
         "pad_token_id": settings.pad_token_id,
         "stop_strings": list(settings.stop_strings),
         "bits": settings.bits,
+        **({"exact": True, "draft": list(settings.draft)} if settings.exact else {}),
         "from_generation_config": list(settings.from_generation_config),
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from qs_jax.adaptive.policy import Policy
-from qs_jax.choices import BITS, is_number, is_whole
+from qs_jax.choices import BITS, DRAFTS, is_draft, is_number, is_whole
 from qs_jax.errors import GenerationError
 from qs_jax.generation_defaults import SAMPLING
 
@@ -32,6 +32,8 @@ class GenerationOptions(TypedDict, total=False):
     num_return_sequences: int
     seed: int | Sequence[int] | None
     use_model_defaults: bool
+    exact: bool
+    draft: str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ class GenerationConfig:
         seed: a number, or one per prompt. A row's tokens depend on its own prompt, seed and sequence number only, so
             equal prompts with equal seeds give equal text. None draws one and reports it in `GenerateOutput.seeds`.
         use_model_defaults: whether the model's `generation_config.json` may speak at all.
+        exact: the dense model decides on every token, and drafts only let it decide on several at once. The text is
+            that of plain decoding with the same settings and seed, but for rounding (docs/method.md).
+        draft: what proposes tokens in exact mode: `lookup` (what followed the last tokens where they occurred before),
+            `bits:4` or `bits:2` (the same Matryoshka weights at fewer bits), `policy` (the model under the policy),
+            `lens` or `lens:LAYER` (early exit through the model's lens), or a list, cheapest first, in which each
+            `bits:N` checks what stands before it. `auto` looks up where that pays and decodes plainly where not.
 
     Raises:
         GenerationError: a value out of range, or a setting of sampling where decoding is sure to be greedy.
@@ -86,6 +94,8 @@ class GenerationConfig:
     num_return_sequences: int = 1
     seed: int | Sequence[int] | None = None
     use_model_defaults: bool = True
+    exact: bool = False
+    draft: str | Sequence[str] = "auto"
 
     @classmethod
     def of(cls, config: "GenerationConfig | None" = None, **overrides: Any) -> "GenerationConfig":
@@ -110,6 +120,7 @@ class GenerationConfig:
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.stop_strings, str):
             object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        self._check_drafts()
         self._require("bits", self.bits in (None, *BITS), "one of " + ", ".join(map(str, BITS)))
         self._require("max_new_tokens", is_whole(self.max_new_tokens, 1), "a whole number from 1")
         self._require("num_return_sequences", is_whole(self.num_return_sequences, 1), "a whole number from 1")
@@ -131,6 +142,25 @@ class GenerationConfig:
         self._require("stop_strings", strings, "non-empty strings")
         if self.do_sample is False or (self.do_sample is None and not self.use_model_defaults):
             self.refuse_sampling()
+
+    def _check_drafts(self) -> None:
+        self._require("exact", isinstance(self.exact, bool), "true or false")
+        several = isinstance(self.draft, Sequence) and not isinstance(self.draft, str)
+        names: list[Any] = list(self.draft) if several else [self.draft]
+        self._require(
+            "draft", bool(names) and all(map(is_draft, names)), f"one of {', '.join(DRAFTS)}, or a list of them"
+        )
+        checking = [name for name in names[1:] if name.startswith("bits:")]
+        bits = [name for name in names if name.startswith("bits:")]
+        in_order = len(checking) == len(names) - 1 and bits == sorted(set(bits))
+        self._require(
+            "draft",
+            len(names) == 1 or (in_order and names[0] != "auto"),
+            "a cascade, cheapest first: any draft but auto, then bits:2 or bits:4, bits rising",
+        )
+        if not self.exact and self.draft != "auto":
+            raise GenerationError("draft needs exact=True (--exact); plain decoding drafts nothing")
+        object.__setattr__(self, "draft", names[0] if len(names) == 1 else tuple(names))
 
     def refuse_sampling(self) -> None:
         """Decoding is greedy, whatever else is said.
@@ -173,6 +203,8 @@ class GenerationSettings:
     stop_strings: tuple[str, ...]
     num_return_sequences: int
     seed: int | Sequence[int] | None
+    exact: bool
+    draft: tuple[str, ...]
     from_generation_config: tuple[str, ...]
 
 

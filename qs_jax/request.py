@@ -2,11 +2,13 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from qs_jax.adaptive.binding import BoundPolicy, bind
 from qs_jax.adaptive.policy import Policy
 from qs_jax.choices import is_whole
+from qs_jax.drafting import drafting
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
@@ -55,7 +57,8 @@ def prepare(model: Model, prompts: Prompt | Sequence[Prompt], asked: GenerationS
             repetition_penalty=asked.repetition_penalty,
         ),
         chunk_size=chunk_size,
-        policy=bind_policy(model, asked.policy),
+        policy=bind_policy(model, Policy.off() if asked.exact else asked.policy),
+        drafting=drafting(model, asked, partial(bind_policy, model)) if asked.exact else None,
     )
 
 

@@ -37,6 +37,8 @@ def in_force(config: GenerationConfig, defaults: Mapping[str, Any], model: Model
         stop_strings=tuple(config.stop_strings),
         num_return_sequences=config.num_return_sequences,
         seed=config.seed,
+        exact=config.exact,
+        draft=(config.draft,) if isinstance(config.draft, str) else tuple(config.draft),
         from_generation_config=tuple(sorted(given)),
     )
 

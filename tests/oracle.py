@@ -112,6 +112,31 @@ class Decoder:
         outcome.margin, outcome.observed = self.margin, self.observed
         return outcome
 
+    def rounds(
+        self, prompt: Sequence[int], new_tokens: int, propose: Callable[[list[int]], list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """The same text in rounds of exact mode, the policy off: tokens, and how many drafts of each round were right.
+
+        Drafts of a text, by `propose`, are run before it is known what they are worth; slots of wrong ones are cut off.
+        """
+        outcome = Outcome([self.depth] * len(prompt), [-1] * len(prompt), [0.0] * len(prompt), [])
+        tokens, accepted = [self._best(self.networks[8].logits(self._read(prompt, 0, outcome)))], []
+        while len(tokens) < new_tokens:
+            text = [*prompt, *tokens]
+            drafts, chosen, kept = propose(text), [], len(text)
+            for ahead, token in enumerate([text[-1], *drafts]):
+                state, *_ = self._decode(token, len(text) - 1 + ahead, 0.0)
+                chosen.append(self.networks[8].logits(state))
+            right = 0
+            while right < len(drafts) and int(chosen[right].argmax()) == drafts[right]:
+                right += 1
+            for slots in self.cache:
+                del slots[kept + right :]
+            new = [self._best(logits) for logits in chosen[: right + 1]][: new_tokens - len(tokens)]
+            tokens += new
+            accepted.append(min(right, len(new)))
+        return tokens, accepted
+
     def _slots(self) -> list[int]:
         return [len(slots) for slots in self.cache]
 

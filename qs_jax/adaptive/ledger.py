@@ -52,6 +52,29 @@ class Tally:
     weight_bytes: int = 0
     kv_slots: int = 0
 
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """What passes of the dense model over several tokens a row cost: `rows` of a batch, at `bits`, over caches of so
+    many `slots` by layer."""
+
+    costs: Costs
+    rows: int
+    slots: Sequence[int]
+    bits: int = FULL
+
+    def of(self, passes: int, tokens: int) -> Tally:
+        """So many passes over `tokens` tokens a row, whether they were kept or not; each reads the weights once."""
+        costs = self.costs
+        per_token = costs.head_flops + sum(
+            layer.flops + costs.attention_flops_per_slot * (slots + tokens)
+            for layer, slots in zip(costs.layers, self.slots, strict=True)
+        )
+        return Tally(passes * self.rows * tokens * per_token, passes * costs.step_bytes(self.bits))
+
 
 @dataclass
 class Ledger:
@@ -66,6 +89,8 @@ class Ledger:
     run: Tally = field(default_factory=Tally)
     twin: Tally = field(default_factory=Tally)
     probe_flops: int = 0
+    draft_flops: int = 0
+    draft_bytes: int = 0
     prompt_tokens: int = 0
     prompt_layers: int = 0
     decode_tokens: int = 0
@@ -129,7 +154,7 @@ class Ledger:
         self._control(tokens * self.costs.probe_flops(self.policy.shortlist))
         self.run.weight_bytes += self.costs.probe_bytes(self.policy.shortlist)
 
-    def add_decode(self, work: Work, steps: int, rows: int, slots: Sequence[int], twin_slots: int) -> None:
+    def add_decode(self, work: Work, steps: int, rows: int, slots: Sequence[int]) -> None:
         """Count a chunk of decode steps.
 
         Args:
@@ -137,7 +162,6 @@ class Ledger:
             steps: how many of its steps had a live row; the others ran nothing.
             rows: rows of the batch.
             slots: capacity of each layer's cache, all of which attention looks at.
-            twin_slots: the same for the dense twin, equal in all layers.
         """
         costs, spans = self.costs, self.policy.spans
         decisions = [self._decision_flops(self.policy.on_generated, stop) for _, stop in spans]
@@ -150,10 +174,6 @@ class Ledger:
         self.add_output_entropy(steps * rows)
         self.run.flops += steps * rows * costs.head_flops
         self.run.weight_bytes += steps * costs.head_bytes
-        per_row = sum(layer.flops for layer in costs.layers) + costs.head_flops
-        per_row += len(costs.layers) * costs.attention_flops_per_slot * (twin_slots + 1)
-        self.twin.flops += steps * rows * per_row
-        self.twin.weight_bytes += steps * costs.step_bytes()
 
     def add_output_entropy(self, tokens: int) -> None:
         """Count the entropy of what so many tokens were chosen from, where the policy remembers it."""
@@ -186,6 +206,20 @@ class Ledger:
         if not demotes and (precision is None or not precision.adapts(number)):
             return bytes_at(self.bits)
         return sum(bytes_at(bits) for bits, used in zip(BITS, in_use, strict=True) if used)
+
+    def add_rounds(self, verifying: Tally, drafting: Tally) -> None:
+        """Count rounds of exact mode: passes of the dense model, and what it took to draft for them."""
+        spent = verifying + drafting
+        self.run.flops += spent.flops
+        self.run.weight_bytes += spent.weight_bytes
+        self.draft_flops += drafting.flops
+        self.draft_bytes += drafting.weight_bytes
+
+    def add_twin(self, steps: int, rows: int, slots: int) -> None:
+        """Count decode steps of the dense twin, whose caches have so many slots in every layer."""
+        twin = PassCosts(self.costs, rows, [slots] * len(self.costs.layers)).of(steps, 1)
+        self.twin.flops += twin.flops
+        self.twin.weight_bytes += twin.weight_bytes
 
     def add_tokens(self, *, prompt: bool, layers: int, bits: int, tokens: int, slots: int) -> None:
         """Count tokens by what they got: layers run and bits read, summed over all, and cache slots they filled."""
@@ -225,6 +259,8 @@ class Ledger:
             "kv_bytes": run.kv_slots * costs.slot_bytes,
             "kv_bytes_off": twin.kv_slots * costs.slot_bytes,
             "probe_flops": self.probe_flops,
+            "draft_flops": self.draft_flops,
+            "draft_bytes": self.draft_bytes,
             "layers_run_mean": layers / tokens if tokens else float(depth),
             "prompt_layers_run_mean": self.prompt_layers / self.prompt_tokens if self.prompt_tokens else float(depth),
             "decode_layers_run_mean": self.decode_layers / self.decode_tokens if self.decode_tokens else float(depth),

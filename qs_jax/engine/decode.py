@@ -152,8 +152,8 @@ def begin(
     noise = jax.vmap(lambda pair: jax.random.fold_in(jax.random.key(pair[0]), pair[1]))(seeds)
     state = DecodeState(none, lengths - 1, (), remaining <= 0, remaining, noise, seen, entropy)
     spent = Spent(jnp.full_like(lengths, controls.policy.num_layers), none, jnp.zeros_like(entropy))
-    chosen = _choose(logits, state, forced, controls, spent)
-    return _advance(state, chosen, _output_entropy(logits, controls.policy), controls.eos), chosen
+    chosen = choose(logits, state, forced, controls, spent)
+    return advance(state, chosen, output_entropy(logits, remembers=controls.policy.remembers), controls.eos), chosen
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -167,7 +167,7 @@ def decode_chunk(
     """
 
     def step(state: DecodeState, forced: Int[Array, " batch"]) -> tuple[DecodeState, tuple[Chosen, Work]]:
-        return decode_step(model, state, forced, controls, run=_unless_done)
+        return decode_step(model, state, forced, controls, run=unless_done)
 
     state, (chosen, work) = jax.lax.scan(step, state, forced)
     filled = jnp.stack([layer.lengths.max() for layer in state.cache])
@@ -185,11 +185,11 @@ def forward(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], c
     rows, new_slots, work = descend(model, state.cache, context, policy)
     logits = model.head(rows.hidden_states[:, 0])
     spent = Spent(rows.layers_run, rows.bits_read, rows.signal)
-    chosen = _choose(logits, state, forced, controls, spent)
-    return Step(chosen, _output_entropy(logits, policy), new_slots, work)
+    chosen = choose(logits, state, forced, controls, spent)
+    return Step(chosen, output_entropy(logits, remembers=policy.remembers), new_slots, work)
 
 
-def _unless_done(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
+def unless_done(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:
     """`forward`, or zeros in its place where every row is done."""
     return jax.lax.cond(state.done.all(), _idle, forward, model, state, forced, controls)
 
@@ -231,11 +231,11 @@ def decode_step(
         append(layer, new.k, new.v, positions, new.writes)
         for layer, new in zip(state.cache, step.new_slots, strict=True)
     )
-    state = _advance(replace(state, cache=cache), step.chosen, step.entropy, controls.eos)
+    state = advance(replace(state, cache=cache), step.chosen, step.entropy, controls.eos)
     return state, (step.chosen, step.work)
 
 
-def _choose(
+def choose(
     logits: Float[Array, "batch vocab"],
     state: DecodeState,
     forced: Int[Array, " batch"],
@@ -252,11 +252,12 @@ def _choose(
     return Chosen(tokens, logprobs, ~state.done, *spent, kept)
 
 
-def _output_entropy(logits: Float[Array, "batch vocab"], policy: BoundPolicy) -> Float[Array, " batch"]:
-    return entropy_bits(logits) if policy.remembers else jnp.zeros(logits.shape[0], jnp.float32)
+def output_entropy(logits: Float[Array, "batch vocab"], *, remembers: bool) -> Float[Array, " batch"]:
+    """Bits of what a token is chosen from, or zeros where nobody remembers it."""
+    return entropy_bits(logits) if remembers else jnp.zeros(logits.shape[0], jnp.float32)
 
 
-def _advance(
+def advance(
     state: DecodeState, chosen: Chosen, entropy: Float[Array, " batch"], eos: Int[Array | np.ndarray, " slots"]
 ) -> DecodeState:
     """Make the chosen tokens the pending ones and see which rows end with them."""

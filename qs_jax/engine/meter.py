@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+import jax
+
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.costs import Costs
-from qs_jax.adaptive.ledger import Ledger
+from qs_jax.adaptive.ledger import Ledger, PassCosts
 from qs_jax.cache import bucket
 from qs_jax.choices import FULL
-from qs_jax.engine.decode import Chunk
+from qs_jax.engine.decode import Chosen, Chunk
+from qs_jax.engine.exact import Draft, Rounds
 from qs_jax.engine.prefill import Prefilled
 
 
@@ -32,22 +35,39 @@ class Meter:
         self.ledger.add_tokens(prompt=True, layers=layers, bits=0, tokens=tokens, slots=int(prefilled.filled.sum()))
         self.ledger.add_output_entropy(rows)
 
-    def decode(self, chunk: Chunk, capacities: Sequence[int], longest: int) -> int:
+    def decode(self, chunk: Chunk, capacities: Sequence[int], longest: int, *, twin_steps: int) -> int:
         """Count a chunk that looked at caches of these capacities; returns how many of its steps ran a layer.
 
         Args:
             chunk: what was run, on the host.
             capacities: of each layer's cache.
             longest: slots that the twin's longest row needs for the chunk.
+            twin_steps: how many the twin takes for the same text.
         """
+        emitted = chunk.chosen.emitted
+        steps, rows = int(emitted.any(axis=1).sum()), emitted.shape[1]
+        self.ledger.add_decode(chunk.work, steps, rows, capacities)
+        self._tokens(chunk.chosen, twin_steps, longest)
+        return steps
+
+    def rounds(self, chunk: Rounds, draft: Draft, capacities: Sequence[int], longest: int, *, twin_steps: int) -> int:
+        """Count a chunk of exact mode's rounds likewise; returns how many of them ran a layer."""
+        chosen, ledger = chunk.rounds.chosen, self.ledger
+        _, passed, rows = chosen.emitted.shape
+        ran = chosen.emitted.any(axis=(1, 2))
+        costs = PassCosts(ledger.costs, rows, capacities, ledger.bits)
+        work = jax.tree.map(lambda leaf: leaf[ran], chunk.rounds.work)
+        ledger.add_rounds(costs.of(int(ran.sum()), passed), draft.spent(costs, work))
+        self._tokens(chosen, twin_steps, longest)
+        return int(ran.sum())
+
+    def _tokens(self, chosen: Chosen, twin_steps: int, longest: int) -> None:
+        """Count what came of a chunk, and the twin's way to it."""
         if longest > self._twin_capacity:
             self._twin_capacity = bucket(longest, self._limit)
-        chosen = chunk.chosen
         emitted, depth = chosen.emitted, self._policy.num_layers
-        steps, rows = int(emitted.any(axis=1).sum()), emitted.shape[1]
-        self.ledger.add_decode(chunk.work, steps, rows, capacities, self._twin_capacity)
+        self.ledger.add_twin(twin_steps, emitted.shape[-1], self._twin_capacity)
         layers, tokens = int(chosen.layers_run[emitted].sum()), int(emitted.sum())
         slots = depth * tokens if self._policy.kv_rule.keeps_slots else layers
         bits = int(chosen.bits_read[emitted].sum())
         self.ledger.add_tokens(prompt=False, layers=layers, bits=bits, tokens=tokens, slots=slots)
-        return steps

@@ -16,7 +16,9 @@ from qs_jax.cache import bucket
 from qs_jax.choices import FULL
 from qs_jax.engine.compilation import METER
 from qs_jax.engine.decode import Chosen, Controls, DecodeState, begin, decode_chunk
+from qs_jax.engine.exact import exact_chunk
 from qs_jax.engine.meter import Meter
+from qs_jax.engine.pacing import ROUNDS, Drafting, Drafts
 from qs_jax.engine.prefill import Prefilled, first_capacity, grow_jit, prefill
 from qs_jax.engine.sampling import Sampling
 from qs_jax.models.base import CausalLM
@@ -32,7 +34,8 @@ class Request:
 
     `copies` is the number of sequences per prompt; `seeds` has one (seed, sequence) pair per row. `forced`, if given,
     has for every row the tokens to score in place of free choice, `max_new_tokens` of them; `keep_logits` hands out the
-    logits of every step as well.
+    logits of every step as well. With `drafting` the same text is made in rounds (`qs_jax.engine.exact`): the policy is
+    off then, and nothing is forced.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -45,10 +48,15 @@ class Request:
     policy: BoundPolicy
     forced: Sequence[Sequence[int]] | None = None
     keep_logits: bool = False
+    drafting: Drafting | None = None
 
     @property
     def rows(self) -> int:
         return len(self.prompts) * self.copies
+
+    @property
+    def prompts_by_row(self) -> list[Sequence[int]]:
+        return [prompt for prompt in self.prompts for _ in range(self.copies)]
 
     @property
     def longest(self) -> int:
@@ -77,6 +85,9 @@ class Session:
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.decode_steps = 0
+        self.rounds = 0
+        self.drafts = Drafts(request.drafting, model, request.prompts_by_row) if request.drafting else None
+        self._made = np.zeros(request.rows, np.int64)
         self._meter = Meter(Costs.of(model), request.policy, twin_capacity=room, limit=limit, bits=bits)
         self._compiled_before = METER.reading()
         self._finished: set[int] = set()
@@ -107,22 +118,85 @@ class Session:
         chosen, done = jax.device_get((first, state.done))
         self.prefill_seconds = time.perf_counter() - started
         batch = _Batch(np.arange(self.request.rows), done, prefilled.filled.max(axis=1).tolist())
-        yield jax.tree.map(lambda leaf: leaf[None], chosen)
+        yield self._told(jax.tree.map(lambda leaf: leaf[None], chosen), batch)
         while True:
             state = self._apply_finished(state, batch)
             if batch.done.all():
                 return
             started = time.perf_counter()
-            left = min(self.request.chunk_size, self.request.max_new_tokens - 1 - self.decode_steps)
-            longest = self.request.longest + self.decode_steps + left
-            state = self._make_room(self._shrink(state, batch), batch, left)
-            capacities = [layer.capacity for layer in state.cache]
-            state, chunk = decode_chunk(self.model, state, self._forced(batch), self._controls)
-            chunk, done = jax.device_get((chunk, state.done))
-            self.decode_seconds += time.perf_counter() - started
-            self.decode_steps += self._meter.decode(chunk, capacities, longest)
-            batch.done, batch.slots = done, chunk.filled.tolist()
-            yield self._spread(chunk.chosen, batch.rows)
+            state = self._shrink(state, batch)
+            count = self._drafts_a_round(batch)
+            before = METER.reading()
+            state, chosen, passes = self._rounds(state, batch, count) if count else self._steps(state, batch)
+            seconds = time.perf_counter() - started
+            if self.drafts and passes and not METER.since(before).programs:
+                self.drafts.took(count, self._shape(batch), seconds / passes)
+            self.decode_seconds += seconds
+            self.decode_steps += passes
+            self.rounds += passes if count else 0
+            yield self._told(chosen, batch)
+
+    def _steps(self, state: DecodeState, batch: _Batch) -> tuple[DecodeState, Chosen, int]:
+        """A chunk of plain steps, and how many of them ran a layer."""
+        left = min(self.request.chunk_size, self._left(batch))
+        longest = self._longest(left)
+        state = self._make_room(state, batch, left)
+        capacities = [layer.capacity for layer in state.cache]
+        state, chunk = decode_chunk(self.model, state, self._forced(batch), self._controls)
+        chunk, batch.done = jax.device_get((chunk, state.done))
+        batch.slots = chunk.filled.tolist()
+        ahead = self._ahead(chunk.chosen, batch)
+        return state, chunk.chosen, self._meter.decode(chunk, capacities, longest, twin_steps=ahead)
+
+    def _rounds(self, state: DecodeState, batch: _Batch, count: int) -> tuple[DecodeState, Chosen, int]:
+        """A chunk of rounds of `count` drafts, and how many of them ran a layer."""
+        assert self.drafts is not None
+        draft = self.drafts.draft
+        left = min(ROUNDS * (count + 1), self._left(batch))
+        longest = self._longest(left)
+        state = self._make_room(state, batch, left)
+        capacities = [layer.capacity for layer in state.cache]
+        history = self.drafts.history(batch.rows, capacities[0])
+        state, chunk = exact_chunk(self.model, state, history, draft, self._controls, count=count, rounds=ROUNDS)
+        chunk, batch.done = jax.device_get((chunk, state.done))
+        batch.slots = chunk.filled.tolist()
+        self.drafts.count(chunk.rounds, batch.rows)
+        chosen = jax.tree.map(
+            lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), chunk.rounds.chosen
+        )
+        ahead = self._ahead(chosen, batch)
+        return state, chosen, self._meter.rounds(chunk, draft, capacities, longest, twin_steps=ahead)
+
+    def _drafts_a_round(self, batch: _Batch) -> int:
+        """0 for plain steps."""
+        live = batch.rows[~batch.done]
+        return self.drafts.choose(live, self._shape(batch), self._left(batch)) if self.drafts else 0
+
+    def _left(self, batch: _Batch) -> int:
+        """Most tokens that a live row may still produce."""
+        return self.request.max_new_tokens - int(self._made[batch.rows[~batch.done]].min())
+
+    def _longest(self, left: int) -> int:
+        """Slots that the dense twin's longest row may need after so many more tokens."""
+        return self.request.longest + int(self._made.max()) - 1 + left
+
+    def _ahead(self, chosen: Chosen, batch: _Batch) -> int:
+        """Steps by which the longest output grew: so many the dense twin takes, whose rows go on together."""
+        made = self._made.copy()
+        made[batch.rows] += chosen.emitted.sum(axis=0)
+        return int(made.max() - self._made.max())
+
+    def _shape(self, batch: _Batch) -> tuple[int, bool, bool]:
+        sampling = self.request.sampling
+        return len(batch.rows), sampling.do_sample, sampling.penalise
+
+    def _told(self, chosen: Chosen, batch: _Batch) -> Chosen:
+        """What rows chose, by the request's numbers and on the host's books."""
+        chosen = self._spread(chosen, batch.rows)
+        self._made += chosen.emitted.sum(axis=0)
+        if self.drafts:
+            self.drafts.see(chosen)
+        return chosen
 
     def _begin(self) -> tuple[Prefilled, DecodeState, Chosen]:
         request = self.request
@@ -162,8 +236,7 @@ class Session:
 
     def _shrink(self, state: DecodeState, batch: _Batch) -> DecodeState:
         """Go on with half of the rows, or a quarter, … where the others are done and enough is left to do."""
-        left = self.request.max_new_tokens - 1 - self.decode_steps
-        size = len(batch.rows)
+        left, size = self._left(batch), len(batch.rows)
         if size < _FEWEST_ROWS_TO_SHRINK or left < _CHUNKS_WORTH_SHRINKING * self.request.chunk_size:
             return state
         live = int((~batch.done).sum())
@@ -191,7 +264,7 @@ class Session:
         """The tokens to score in the next chunk; -1 where the model chooses."""
         forced = np.full((self.request.chunk_size, len(batch.rows)), -1, np.int32)
         if self.request.forced:
-            first = 1 + self.decode_steps
+            first = int(self._made.max())
             for place, row in enumerate(batch.rows):
                 tokens = self.request.forced[row][first : first + len(forced)]
                 forced[: len(tokens), place] = tokens

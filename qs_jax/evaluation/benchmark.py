@@ -3,7 +3,7 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def benchmark(
     *,
     policy: str | Path | Policy = "off",
     bits: int | None = None,
+    exact: bool = False,
+    draft: str | Sequence[str] = "auto",
     batch: int = 1,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
@@ -69,12 +71,16 @@ def benchmark(
         The figures of the command line's JSON contract. `decode_ms_per_step` is for the whole batch,
         `tokens_per_second` counts all rows while decoding, `bandwidth_gb_s` is bytes per second of the weights that
         dense decoding at `bits` would read (a policy that skips weights can exceed the memory's), and
-        `bandwidth_fraction` sets that against a matrix-vector product measured in the same process.
+        `bandwidth_fraction` sets that against a matrix-vector product measured in the same process. In exact mode a
+        step is a pass of the model, a round or a plain step, and of the text of random prompts little can be said in
+        general: `benchmarks` has prompts.
     """
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).tolist()
 
-    config = GenerationConfig(policy, bits, new_tokens + 1, eos_token_id=[], use_model_defaults=False)
+    config = GenerationConfig(
+        policy, bits, new_tokens + 1, eos_token_id=[], use_model_defaults=False, exact=exact, draft=draft
+    )
     first = generate(model, prompts, config)
     if "not_finite" in first.finish_reasons:
         raise GenerationError(not_finite(model))
@@ -82,9 +88,10 @@ def benchmark(
     ceiling = measured_bandwidth()
     outputs = [generate(model, prompts, config) for _ in range(repeats)]
     step = statistics.median(o.timing["decode_s"] / o.timing["decode_steps"] for o in outputs)
+    speed = statistics.median(batch * new_tokens / o.timing["decode_s"] for o in outputs)
     bandwidth = Costs.of(model.network).step_bytes(bits or 8) / step
     return {
-        "tokens_per_second": batch / step,
+        "tokens_per_second": speed if exact else batch / step,
         "decode_ms_per_step": 1e3 * step,
         "prefill_s": statistics.median(o.timing["prefill_s"] for o in outputs),
         "compile_s": compile_s,
@@ -100,6 +107,7 @@ def benchmark(
         "bits": bits,
         "device": jax.devices()[0].device_kind,
         "ledger": outputs[0].ledger,
+        **{name: outputs[0].timing[name] for name in ("rounds", "drafted", "accepted", "fallback") if exact},
     }
 
 

@@ -54,6 +54,21 @@ def payload(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+def test_exact_mode_prints_the_same_text_and_what_became_of_drafts(folder: Path) -> None:
+    asked = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 40)
+    plain, exact = (payload(run(*asked, *more, "--json")) for more in ((), ("--exact", "--draft", "lookup")))
+    assert exact["tokens"] == plain["tokens"]
+    assert set(exact) - set(plain) == {"rounds", "drafted", "accepted", "drafted_by_round", "accepted_by_round"}
+    assert set(exact["timing"]) - set(plain["timing"]) == {"rounds", "drafted", "accepted", "fallback"}
+    assert sum(exact["accepted_by_round"][0]) == exact["accepted"][0] == exact["timing"]["accepted"]
+    assert exact["rounds"][0] + exact["accepted"][0] >= 39
+    assert exact["settings"]["draft"] == ["lookup"]
+    streamed = run(*asked, "--exact", "--draft", "lookup")
+    assert streamed.stdout == PROMPT + plain["texts"][0] + "\n"
+    figures = exact["timing"]
+    assert f"{figures['accepted']} of {figures['drafted']} drafts right, 0 plain steps" in streamed.stderr
+
+
 def test_generate_as_json(folder: Path) -> None:
     printed = payload(run("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 40, "--json"))
     assert set(printed) >= GENERATE

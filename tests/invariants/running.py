@@ -1,6 +1,6 @@
 """One request through the engine, and the same through the oracle, with everything that tests compare."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -182,6 +182,14 @@ def imagine(
     return Decoder(model.config, _kernels(model), policy, _uniform, special_ids=SPECIAL_IDS, piece=piece).run(
         prompt, new_tokens, forced
     )
+
+
+def imagine_rounds(
+    model: Model, prompt: Sequence[int], new_tokens: int, propose: Callable[[list[int]], list[int]]
+) -> tuple[list[int], list[int], float]:
+    """The oracle's rounds: tokens, right drafts by round, and the gap between the best logits where it was least."""
+    decoder = Decoder(model.config, _kernels(model), Policy.off(), _uniform, special_ids=SPECIAL_IDS)
+    return *decoder.rounds(prompt, new_tokens, propose), decoder.margin
 
 
 def assert_same(engine: Run, row: int, oracle: Outcome, *, narrow: bool = False) -> None:

@@ -54,13 +54,19 @@ def adaptive(model: Model) -> None:
     qs_jax.generate(quantised(model), PROMPTS, max_new_tokens=40, policy=policy)
 
 
-SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive}
+def exact(model: Model) -> None:
+    """Rounds of what is looked up, and of a cascade."""
+    qs_jax.generate(model, PROMPTS, max_new_tokens=10, exact=True, draft="lookup")
+    qs_jax.generate(quantised(model), PROMPTS[1], max_new_tokens=10, exact=True, draft=["bits:2", "bits:4"], **SAMPLING)
 
 
-def each_scenario(slow: str) -> list[Any]:
+SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive, "exact": exact}
+
+
+def each_scenario(slow: tuple[str, ...]) -> list[Any]:
     """Those of a model go to one worker, so that each is run once."""
     return [
-        pytest.param(name, scenario, marks=(_on(name), *([pytest.mark.slow] if f"{name} {scenario}" == slow else [])))
+        pytest.param(name, scenario, marks=(_on(name), *([pytest.mark.slow] if f"{name} {scenario}" in slow else [])))
         for name in ("gpt2", "llama")
         for scenario in SCENARIOS
     ]
@@ -85,7 +91,7 @@ def _signature(call: Call) -> tuple[Any, ...]:
 
 
 # gpt2's adaptive programs are lowered in test_programs.py too
-@pytest.mark.parametrize(("name", "scenario"), each_scenario(slow="gpt2 adaptive"))
+@pytest.mark.parametrize(("name", "scenario"), each_scenario(slow=("gpt2 adaptive", "gpt2 exact")))
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_program_lowers(name: str, scenario: str, platform: str) -> None:
     calls = calls_of(name, scenario)

@@ -1,0 +1,224 @@
+"""When to draft, and how much: what the host finds out while a request runs.
+
+Whether text could have been looked up shows as soon as it is there, whoever decoded it: the host replays it as rounds
+would have gone (`Replay`), which costs next to nothing and no pass of the model. A round is tried where that promises a
+gain, and gone on with where its measured time keeps the promise. So text that does not draft well is decoded by plain
+steps, at the cost of the replay.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from jaxtyping import Int
+
+from qs_jax.engine.decode import Chosen
+from qs_jax.engine.drafts import LONGEST
+from qs_jax.engine.exact import Draft, Round
+from qs_jax.models.base import CausalLM
+
+_MEMORY = 0.75
+"""How much what was seen weighs after as many tokens as a chunk has."""
+
+_WORTH = 0.95
+"""Rounds are gone on with where a token takes at most this share of a plain step's time."""
+
+_HOPED = 0.15
+"""What a draft adds to the time of a round, as a share of a step's, before any was measured: little, as where reading
+weights takes all the time."""
+
+_STAKE = 0.02
+"""What share of the time of plain steps may be lost on rounds before any text was seen."""
+
+ROUNDS = 4
+"""Of a chunk."""
+
+Shape = tuple[int, bool, bool]
+"""What times depend on beside the model and the number of drafts: rows held, and whether they sample and penalise."""
+
+_FEWEST_TIMES = 2
+_MOST_TIMES = 5
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How a request drafts: what proposes, in how many drafts a round, and whether only where it pays.
+
+    `counts` are the numbers to choose among while the text is made; without `adapts` the first one is used throughout.
+    With it, `draft` must look text up: it is what can be foretold.
+    """
+
+    draft: Draft
+    counts: tuple[int, ...]
+    adapts: bool = False
+
+
+class TextIndex:
+    """A text, and where its last tokens occurred before: what `Lookup` finds, token by token and on the host."""
+
+    def __init__(self, tokens: Sequence[int], longest: int = LONGEST):
+        self._tokens: list[int] = []
+        self._longest = longest
+        self._latest: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """The text goes on; what it ended in so far counts as an earlier occurrence from now on."""
+        last = len(self._tokens) - 1
+        for length in range(1, min(self._longest, last + 1) + 1):
+            self._latest[tuple(self._tokens[-length:])] = last
+        self._tokens.append(token)
+
+    def continuation(self, count: int) -> list[int]:
+        """What followed the latest occurrence of the longest ending that there is one of; empty if there is none."""
+        last = len(self._tokens) - 1
+        for length in range(min(self._longest, last + 1), 0, -1):
+            at = self._latest.get(tuple(self._tokens[-length:]))
+            if at is not None:
+                return [self._tokens[at + 1 + ahead % (last - at)] for ahead in range(count)]
+        return []
+
+
+@dataclass
+class Replay:
+    """Rounds of `count` looked-up drafts as they would have gone on text that is there: tokens, and rounds for them."""
+
+    index: TextIndex
+    count: int
+    tokens: float = 0.0
+    rounds: float = 0.0
+    _drafts: list[int] = field(default_factory=list)
+    _right: int = 0
+
+    def __post_init__(self) -> None:
+        self._drafts = self.index.continuation(self.count)
+
+    def see(self, token: int) -> None:
+        """The next token of the text, which a round in progress had either drafted or ends with."""
+        self.tokens += 1
+        if self._right < len(self._drafts) and self._drafts[self._right] == token:
+            self._right += 1
+        else:
+            self.rounds += 1
+            self._right = -1  # a new round begins behind this token, once the index knows of it
+
+    def begin(self) -> None:
+        """Draft anew where the last token seen ended a round."""
+        if self._right < 0:
+            self._drafts, self._right = self.index.continuation(self.count), 0
+
+    def fade(self) -> None:
+        """What lies further back counts less."""
+        self.tokens, self.rounds = _MEMORY * self.tokens, _MEMORY * self.rounds
+
+
+class Drafts:
+    """The host's side of exact mode in a request: the text so far, what became of drafts, and when to draft.
+
+    `drafted` and `accepted` are per row of the request, and by round that the row was live in.
+    """
+
+    def __init__(self, drafting: Drafting, model: CausalLM, prompts: Sequence[Sequence[int]]):
+        self._drafting, self._times = drafting, _TIMES.setdefault(model, {})
+        self._text = np.zeros((len(prompts), model.config.max_position_embeddings), np.int32)
+        self._opened = False
+        self._lengths = np.asarray([len(prompt) for prompt in prompts])
+        self._replays: list[list[Replay]] = []
+        for row, prompt in enumerate(prompts):
+            self._text[row, : len(prompt)] = prompt
+            index = TextIndex(prompt if drafting.adapts else ())
+            self._replays.append([Replay(index, count) for count in drafting.counts if drafting.adapts])
+        self.drafted: list[list[int]] = [[] for _ in prompts]
+        self.accepted: list[list[int]] = [[] for _ in prompts]
+
+    @property
+    def trace(self) -> dict[str, list[Any]]:
+        """Per row: rounds, drafts and those that were right; and the latter two by round."""
+        return {
+            "rounds": list(map(len, self.drafted)),
+            "drafted": list(map(sum, self.drafted)),
+            "accepted": list(map(sum, self.accepted)),
+            "drafted_by_round": self.drafted,
+            "accepted_by_round": self.accepted,
+        }
+
+    @property
+    def draft(self) -> Draft:
+        return self._drafting.draft
+
+    def history(self, rows: Int[np.ndarray, " batch"], places: int) -> Int[np.ndarray, "batch places"]:
+        """The rows' tokens by position; as far as there are places."""
+        return self._text[rows, :places]
+
+    def see(self, chosen: Chosen) -> None:
+        """Text that rows gained, in whatever way."""
+        for row, replays in enumerate(self._replays):
+            tokens = chosen.tokens[chosen.emitted[:, row], row]
+            length = self._lengths[row]
+            self._text[row, length : length + len(tokens)] = tokens
+            self._lengths[row] += len(tokens)
+            for token in tokens.tolist() if replays else ():
+                for replay in replays:
+                    replay.see(token)
+                replays[0].index.push(token)
+                for replay in replays:
+                    replay.begin()
+
+    def count(self, rounds: Round, rows: Int[np.ndarray, " batch"]) -> None:
+        """Take in what became of the drafts of a chunk."""
+        live = rounds.chosen.emitted.any(axis=1)
+        for place, row in enumerate(rows):
+            self.drafted[row] += rounds.drafted[live[:, place], place].tolist()
+            self.accepted[row] += rounds.accepted[live[:, place], place].tolist()
+
+    def choose(self, live: Int[np.ndarray, " live"], shape: Shape, left: int) -> int:
+        """Drafts a round for these rows, of which some may still gain `left` tokens; 0 for plain steps."""
+        if not self._drafting.adapts:
+            return self._drafting.counts[0]
+        step = self._seconds(0, shape)
+        if step is None:
+            return 0
+        if not self._opened:
+            self._opened = True
+            return self._opening(shape, step, left)
+        best, least = 0, _WORTH * step
+        for place, count in enumerate(self._drafting.counts):
+            replays = [self._replays[row][place] for row in live]
+            tokens, rounds = sum(r.tokens for r in replays), sum(r.rounds for r in replays)
+            per_token = self._expected(count, shape, step) * rounds / max(tokens, 1.0)
+            if tokens and per_token < least:
+                best, least = count, per_token
+        for row in live:
+            for replay in self._replays[row]:
+                replay.fade()
+        return best
+
+    def _opening(self, shape: Shape, step: float, left: int) -> int:
+        """Before there is any text to replay: rounds, if they are known to cost little even where no draft is right."""
+        count = self._drafting.counts[0]
+        seconds = self._seconds(count, shape)
+        lost = math.inf if seconds is None else ROUNDS * (seconds - step)
+        return count if lost <= _STAKE * step * left else 0
+
+    def took(self, count: int, shape: Shape, seconds: float) -> None:
+        """A round of so many drafts, or a plain step (0), took so long; compilation apart."""
+        times = self._times.setdefault((count, shape), [])
+        times.append(seconds)
+        del times[:-_MOST_TIMES]
+
+    def _seconds(self, count: int, shape: Shape) -> float | None:
+        """The least of the last times: what else the machine does only ever adds to them."""
+        return min(self._times.get((count, shape), ()), default=None)
+
+    def _expected(self, count: int, shape: Shape, step: float) -> float:
+        """Seconds of a round; hopefully few until there are measurements enough."""
+        times = self._times.get((count, shape), [])
+        hoped = step * (1 + _HOPED * count)
+        return min([*times, hoped] if len(times) < _FEWEST_TIMES else times)
+
+
+_TIMES: WeakKeyDictionary[CausalLM, dict[tuple[int, Shape], list[float]]] = WeakKeyDictionary()
