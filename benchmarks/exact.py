@@ -1,15 +1,22 @@
 """Exact mode beside plain decoding: the same tokens? In how much time?
 
-    python -m benchmarks.exact                                  # SmolLM2, float32; prints, and writes nothing
-    python -m benchmarks.exact --dtype bfloat16 --draft lookup --draft auto --rounds 3
+    python -m benchmarks.exact                     # SmolLM2, float32; adds to benchmarks/results/exact.json and README
+    python -m benchmarks.exact --dtype bfloat16    # the same in bfloat16
+    python -m benchmarks.exact --quick             # a prompt of each set, nothing written
+    python -m benchmarks.exact --report            # README's table from the stored result
 
-Three small sets of prompts of this file, batch 1, greedy, 64 tokens: chat, a summary of a passage, code. Every prompt
-is run plainly and with every draft in turn, first once for programs to be compiled and tokens to be compared, then
-`--rounds` times for the clock. Where tokens differ, the gap between the two logits at the first difference is printed:
-it is rounding's where it is of the size of what a dtype resolves.
+Three small sets of prompts of this file, batch 1, greedy, 64 tokens: chat, a passage to summarise or quote, code. Every
+prompt is run plainly and with every draft in turn, first once for programs to be compiled and tokens to be compared,
+then `--rounds` times for the clock, which counts decoding alone, compiled. Where tokens differ, the gap between the two
+logits at the first difference is kept: it is rounding's where it is of the size of what a dtype resolves.
+
+The best that follows from the cost of a pass (`benchmarks.few_rows`, an EPYC without AMX): three tokens for 1.14 steps
+of float32, five for 1.57, nine for 2.7, were every draft right: 2.6, 3.2 and 3.3 times plain decoding; in bfloat16
+three, five and nine for 1.7 to 1.9 steps: 1.8, 2.9 and 4.7 times.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.quality_report import README, replaced
 from benchmarks.shapes import model_named
 from qs_jax.generation import generate
 from qs_jax.model import Model
@@ -69,6 +78,7 @@ SETS: dict[str, tuple[str, ...]] = {
     ),
 }
 TOKENS = 64
+DRAFTS = ("lookup", "auto")
 
 
 def gap(model: Model, prompt: str, ours: Sequence[int], theirs: Sequence[int]) -> float:
@@ -100,40 +110,65 @@ def measured(model: Model, prompt: str, candidates: dict[str, dict[str, Any]], r
     }
 
 
+def judged(model: Model, results: dict[str, dict[str, Any]], prompt: str) -> dict[str, Any]:
+    """Of one prompt: every draft's speed over plain decoding's, its tokens a pass, and where it parts from plain."""
+    plain = results["plain"]
+    row: dict[str, Any] = {"prompt": prompt[:40], "tokens": len(plain["tokens"]), "plain": plain["speed"], "drafts": {}}
+    for name, ours in results.items():
+        if name != "plain":
+            same = ours["tokens"] == plain["tokens"]
+            row["drafts"][name] = {
+                "ratio": ours["speed"] / plain["speed"],
+                "tokens_per_pass": (len(ours["tokens"]) - 1) / max(ours["passes"], 1),
+                "plain_steps": ours["timing"]["fallback"],
+                "gap": None if same else gap(model, prompt, ours["tokens"], plain["tokens"]),
+            }
+    return row
+
+
+def table(runs: dict[str, Any]) -> str:
+    """Mean speed over plain decoding's of every draft on every set, the least of a prompt in brackets."""
+    names = list(SETS)
+    lines = [f"| | {' | '.join(names)} | other text than plain |", "|" + "---|" * (len(names) + 2)]
+    for run, found in runs.items():
+        drafts = next(iter(found["sets"].values()))[0]["drafts"]
+        for draft in drafts:
+            rows = {name: [row["drafts"][draft] for row in found["sets"].get(name, [])] for name in names}
+            ratios = [[row["ratio"] for row in part] for part in rows.values()]
+            cells = [f"{statistics.mean(part):.2f} ({min(part):.2f})" if part else "–" for part in ratios]
+            gaps = [row["gap"] for part in rows.values() for row in part if row["gap"] is not None]
+            parted = f"{len(gaps)} of {sum(map(len, rows.values()))}" + (f", {max(gaps):.2g} apart" if gaps else "")
+            lines.append(f"| {run}, `{draft}` | {' | '.join(cells)} | {parted} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--draft", action="append", help="repeat for several; not a cascade")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one prompt of each set, nothing written")
+    parser.add_argument("--report", action="store_true", help="README's table from the stored result, run nothing")
     asked = parser.parse_args()
-    model = model_named(asked.model, asked.dtype)
-    drafts = asked.draft or ["lookup", "auto"]
-    candidates = {"plain": {}, **{draft: {"exact": True, "draft": draft} for draft in drafts}}
-    for name in asked.sets:
-        ratios: dict[str, list[float]] = {draft: [] for draft in drafts}
-        for prompt in SETS[name]:
-            results = measured(model, prompt, candidates, asked.rounds)
-            plain = results["plain"]
-            print(f"{name}: {prompt[:40]!r}, {len(plain['tokens'])} tokens, plain {plain['speed']:.1f} tokens/s")
-            for draft in drafts:
-                ours = results[draft]
-                ratio = ours["speed"] / plain["speed"]
-                ratios[draft].append(ratio)
-                same = ours["tokens"] == plain["tokens"]
-                said = (
-                    "same"
-                    if same
-                    else f"differs, logits {gap(model, prompt, ours['tokens'], plain['tokens']):.2g} apart"
-                )
-                print(
-                    f"  {draft}: {ours['speed']:.1f} tokens/s, {ratio:.2f} x; {said}; "
-                    f"{(len(ours['tokens']) - 1) / max(ours['passes'], 1):.2f} tokens a pass, "
-                    f"{ours['timing']['fallback']} plain steps",
-                    flush=True,
-                )
-        print(f"{name}: " + ", ".join(f"{draft} {statistics.mean(r):.2f} x" for draft, r in ratios.items()), flush=True)
+    path = RESULTS / "exact.json"
+    runs = json.loads(path.read_text("utf-8"))["runs"] if path.is_file() else {}
+    if not asked.report:
+        model = model_named(asked.model, asked.dtype)
+        candidates = {"plain": {}, **{name: {"exact": True, "draft": name} for name in asked.draft or DRAFTS}}
+        sets: dict[str, list[dict[str, Any]]] = {}
+        for name, prompts in SETS.items():
+            for prompt in prompts[:1] if asked.quick else prompts:
+                row = judged(model, measured(model, prompt, candidates, asked.rounds), prompt)
+                sets.setdefault(name, []).append(row)
+                print(name, row, flush=True)
+        run = f"{asked.model} {asked.dtype}, {environment()['cpu']}"
+        runs = {**({} if asked.quick else runs), run: {"date": environment()["date"], "sets": sets}}
+        print(table(runs))
+        if asked.quick:
+            return
+        print(write_result("exact", {"tokens": TOKENS, "rounds": asked.rounds, "runs": runs}))
+    README.write_text(replaced(README.read_text("utf-8"), "exact", table(runs)), "utf-8")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ from qs_jax.generation_config import GenerationSettings
 from qs_jax.kernels import has_planes
 from qs_jax.model import Model
 
-_LOOKED_UP = (8, 4)
-"""Drafts a round where they cost nothing but a longer pass; text that repeats itself often does so at length."""
+_LOOKED_UP = (8, 4, 2)
+"""Drafts a round among which `auto` chooses, where they cost nothing but a longer pass."""
+
+_NAMED = 4
+"""Looked up a round where nobody chooses: more pay on text that repeats itself at length, fewer on any other."""
 
 _RUN = 3
 """Drafts a round where each is a step of its own."""
@@ -46,7 +49,7 @@ def drafting(model: Model, asked: GenerationSettings, bind: Callable[[Policy], B
     draft = _draft(names[0], model, asked, bind)
     for name in names[1:]:
         draft = Cascade(draft, _bits(name, model, asked), _AHEAD)
-    return Drafting(draft, (_CHECKED if len(names) > 1 else _LOOKED_UP[0] if names == ("lookup",) else _RUN,))
+    return Drafting(draft, (_CHECKED if len(names) > 1 else _NAMED if names == ("lookup",) else _RUN,))
 
 
 def _draft(name: str, model: Model, asked: GenerationSettings, bind: Callable[[Policy], BoundPolicy]) -> Draft:

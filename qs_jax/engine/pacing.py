@@ -198,11 +198,13 @@ class Drafts:
         return best
 
     def _opening(self, shape: Shape, step: float, left: int) -> int:
-        """Before there is any text to replay: rounds, if they are known to cost little even where no draft is right."""
-        count = self._drafting.counts[0]
-        seconds = self._seconds(count, shape)
-        lost = math.inf if seconds is None else ROUNDS * (seconds - step)
-        return count if lost <= _STAKE * step * left else 0
+        """Before there is any text to replay: as many drafts as are known to cost little even where none is right."""
+
+        def lost(count: int) -> float:
+            seconds = self._seconds(count, shape)
+            return math.inf if seconds is None else ROUNDS * (seconds - step)
+
+        return next((count for count in self._drafting.counts if lost(count) <= _STAKE * step * left), 0)
 
     def took(self, count: int, shape: Shape, seconds: float) -> None:
         """A round of so many drafts, or a plain step (0), took so long; compilation apart."""

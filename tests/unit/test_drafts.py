@@ -72,7 +72,7 @@ def test_names_stand_for_drafts() -> None:
     codes = with_random_lens(quantised(tiny_model("llama", 4)))
     assert asked(codes, draft="lookup").draft == Lookup()
     auto = asked(codes)
-    assert (auto.draft, auto.adapts, len(auto.counts)) == (Lookup(), True, 2)
+    assert (auto.draft, auto.adapts, len(auto.counts)) == (Lookup(), True, 3)
     bits = asked(codes, draft="bits:4").draft
     assert (type(bits), bits.bits, bits.policy.is_off) == (Steps, 4, True)
     policy = asked(codes, draft="policy", policy=DECODE).draft
