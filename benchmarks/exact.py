@@ -3,6 +3,7 @@
     python -m benchmarks.exact                     # SmolLM2, float32; adds to benchmarks/results/exact.json and README
     python -m benchmarks.exact --dtype bfloat16    # the same in bfloat16
     python -m benchmarks.exact --quick             # a prompt of each set, nothing written
+    python -m benchmarks.exact --same 200          # only whether tokens are the same, of 200 passages; and --sample
     python -m benchmarks.exact --report            # README's table from the stored result
 
 Three small sets of prompts of this file, batch 1, greedy, 64 tokens: chat, a passage to summarise or quote, code. Every
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.quality import WIKITEXT_TRAIN, documents_of
 from benchmarks.quality_report import README, replaced
 from benchmarks.shapes import model_named
 from qs_jax.generation import generate
@@ -79,13 +81,20 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 TOKENS = 64
 DRAFTS = ("lookup", "auto")
+PASSAGE, _BATCH = 64, 8
+"""Tokens of a passage that is continued, and how many go together."""
 
 
-def gap(model: Model, prompt: str, ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """Between the logits of the first two tokens that differ, by the plain forward pass."""
+def ids_of(model: Model, prompt: str) -> list[int]:
+    """The tokens of a prompt in the model's chat template."""
     assert model.tokenizer is not None
+    return model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+
+
+def gap(model: Model, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """Between the logits of the first two tokens that differ, by the plain forward pass."""
     at = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-    text = [*model.tokenizer.encode_chat([{"role": "user", "content": prompt}]), *ours[:at]]
+    text = [*prompt, *ours[:at]]
     padded = np.zeros((1, -(-len(text) // 256) * 256), np.int32)
     padded[0, : len(text)] = text
     logits = jax.jit(forward)(model.network, jnp.asarray(padded))[0, len(text) - 1]
@@ -121,9 +130,30 @@ def judged(model: Model, results: dict[str, dict[str, Any]], prompt: str) -> dic
                 "ratio": ours["speed"] / plain["speed"],
                 "tokens_per_pass": (len(ours["tokens"]) - 1) / max(ours["passes"], 1),
                 "plain_steps": ours["timing"]["fallback"],
-                "gap": None if same else gap(model, prompt, ours["tokens"], plain["tokens"]),
+                "gap": None if same else gap(model, ids_of(model, prompt), ours["tokens"], plain["tokens"]),
             }
     return row
+
+
+def same(model: Model, count: int, **sampling: Any) -> dict[str, Any]:
+    """How many of `count` continuations of passages, eight at a time, are those of plain decoding, token for token.
+
+    Greedy ones that are not come with the gap between the two logits; where noise was drawn, that says nothing.
+    """
+    assert model.tokenizer is not None
+    passages = documents_of(((WIKITEXT_TRAIN, ":"),))[:count]
+    prompts = [model.tokenizer.encode(passage)[:PASSAGE] for passage in passages]
+    gaps: list[float | None] = []
+    for first in range(0, count, _BATCH):
+        part = prompts[first : first + _BATCH]
+        asked = {"max_new_tokens": TOKENS, "seed": list(range(first, first + len(part))), **sampling}
+        plain = generate(model, part, **asked)
+        ours = generate(model, part, exact=True, draft="lookup", **asked)
+        for prompt, a, b in zip(part, ours.tokens, plain.tokens, strict=True):
+            if a != b:
+                gaps.append(None if sampling["do_sample"] else gap(model, prompt, a, b))
+                print(f"other text than plain; logits apart by {gaps[-1]}", flush=True)
+    return {"prompts": count, "identical": count - len(gaps), "gaps": gaps, "date": environment()["date"]}
 
 
 def table(runs: dict[str, Any]) -> str:
@@ -150,9 +180,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one prompt of each set, nothing written")
     parser.add_argument("--report", action="store_true", help="README's table from the stored result, run nothing")
+    parser.add_argument("--same", type=int, metavar="N", help="only compare tokens, of N continuations of WikiText")
+    parser.add_argument("--sample", action="store_true", help="with --same: drawn at temperature 0.8")
     asked = parser.parse_args()
     path = RESULTS / "exact.json"
-    runs = json.loads(path.read_text("utf-8"))["runs"] if path.is_file() else {}
+    stored = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    runs, compared = stored.get("runs", {}), stored.get("same", {})
+    settings = {"tokens": TOKENS, "rounds": asked.rounds}
+    if asked.same:
+        sampling = {"do_sample": True, "temperature": 0.8} if asked.sample else {"do_sample": False}
+        name = f"{asked.model} {asked.dtype}, {'sampled' if asked.sample else 'greedy'}"
+        compared[name] = same(model_named(asked.model, asked.dtype), asked.same, **sampling)
+        print(name, compared[name])
+        print(write_result("exact", {**settings, "runs": runs, "same": compared}))
+        return
     if not asked.report:
         model = model_named(asked.model, asked.dtype)
         candidates = {"plain": {}, **{name: {"exact": True, "draft": name} for name in asked.draft or DRAFTS}}
@@ -167,7 +208,7 @@ def main() -> None:
         print(table(runs))
         if asked.quick:
             return
-        print(write_result("exact", {"tokens": TOKENS, "rounds": asked.rounds, "runs": runs}))
+        print(write_result("exact", {**settings, "runs": runs, "same": compared}))
     README.write_text(replaced(README.read_text("utf-8"), "exact", table(runs)), "utf-8")
 
 
