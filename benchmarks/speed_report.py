@@ -228,7 +228,7 @@ Every side has the weights of one Q4_1 file, as they stand or written out in its
 lose some of them again, and int8 products round what is multiplied. Our codes are rounded to nearest in groups of 64,
 which is why 4 bits say something else; fitted ones of that size take the same time. llama.cpp is the wheel `xllamacpp`,
 which is built for any machine with AVX2; it and OpenVINO read GGUF, in the format that they are named with. None keeps
-a prompt for the next call. The rows of qs_jax bfloat16 were measured before one row of it went in lanes (Few rows, below).
+a prompt for the next call. The rows of qs_jax bfloat16 precede products in lanes (Few rows, below).
 """
 
 _PHASES = {
