@@ -17,7 +17,6 @@ three, five and nine for 1.7 to 1.9 steps: 1.8, 2.9 and 4.7 times.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -26,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import environment, read_result, write_result
 from benchmarks.quality import WIKITEXT_TRAIN, documents_of
-from benchmarks.quality_report import README, replaced
+from benchmarks.quality_report import README, fill
 from benchmarks.shapes import model_named
 from qs_jax.generation import generate
 from qs_jax.model import Model
@@ -111,8 +110,7 @@ def measured(model: Model, prompt: str, candidates: dict[str, dict[str, Any]], r
     return {
         name: {
             "tokens": outputs[0].tokens[0],
-            "speed": statistics.median((o.lengths[0] - 1) / o.timing["decode_s"] for o in outputs[1:] or outputs),
-            "passes": outputs[-1].timing["decode_steps"],
+            "speed": statistics.median((o.lengths[0] - 1) / o.timing["decode_s"] for o in outputs[1:]),
             "timing": outputs[-1].timing,
         }
         for name, outputs in runs.items()
@@ -125,12 +123,12 @@ def judged(model: Model, results: dict[str, dict[str, Any]], prompt: str) -> dic
     row: dict[str, Any] = {"prompt": prompt[:40], "tokens": len(plain["tokens"]), "plain": plain["speed"], "drafts": {}}
     for name, ours in results.items():
         if name != "plain":
-            same = ours["tokens"] == plain["tokens"]
+            parted = ours["tokens"] != plain["tokens"]
             row["drafts"][name] = {
                 "ratio": ours["speed"] / plain["speed"],
-                "tokens_per_pass": (len(ours["tokens"]) - 1) / max(ours["passes"], 1),
+                "tokens_per_pass": (len(ours["tokens"]) - 1) / max(ours["timing"]["decode_steps"], 1),
                 "plain_steps": ours["timing"]["fallback"],
-                "gap": None if same else gap(model, ids_of(model, prompt), ours["tokens"], plain["tokens"]),
+                "gap": gap(model, ids_of(model, prompt), ours["tokens"], plain["tokens"]) if parted else None,
             }
     return row
 
@@ -183,8 +181,7 @@ def main() -> None:
     parser.add_argument("--same", type=int, metavar="N", help="only compare tokens, of N continuations of WikiText")
     parser.add_argument("--sample", action="store_true", help="with --same: drawn at temperature 0.8")
     asked = parser.parse_args()
-    path = RESULTS / "exact.json"
-    stored = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    stored = read_result("exact")
     runs, compared = stored.get("runs", {}), stored.get("same", {})
     settings = {"tokens": TOKENS, "rounds": asked.rounds}
     if asked.same:
@@ -209,7 +206,7 @@ def main() -> None:
         if asked.quick:
             return
         print(write_result("exact", {**settings, "runs": runs, "same": compared}))
-    README.write_text(replaced(README.read_text("utf-8"), "exact", table(runs)), "utf-8")
+    fill(README, {"exact": table(runs)})
 
 
 if __name__ == "__main__":

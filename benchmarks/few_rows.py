@@ -16,7 +16,6 @@ one row of bfloat16 in two thirds of the time, so that ratios to it get worse wh
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import RESULTS, environment, interleaved, write_result
+from benchmarks.harness import environment, interleaved, read_result, write_result
 from benchmarks.shapes import NAMES, model_named
 from qs_jax import kernels
 from qs_jax.cache import Cache, allocate, segment
@@ -91,8 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="float32, two rounds, nothing written")
     arguments = parser.parse_args()
-    path = RESULTS / "few_rows.json"
-    found = json.loads(path.read_text("utf-8"))["passes"] if path.is_file() else {}
+    found = read_result("few_rows").get("passes", {})
     for dtype in ["float32"] if arguments.quick else arguments.dtype:
         model = model_named(arguments.model, dtype)
         calls = {(*one, side): compiled(model, *one, side) for one in PASSES for side in SIDES}

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from benchmarks.harness import RESULTS, interleaved, median_ratio, summary, write_result
+from benchmarks.harness import interleaved, median_ratio, read_result, summary, write_result
 from benchmarks.shapes import SHAPES, nested_model, random_model
 from benchmarks.speed import our_generate, same_prompts
 from qs_jax.evaluation.benchmark import benchmark
@@ -173,8 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = "float32" if arguments.smoke else "bfloat16"
     model = random_model(SMOKE if arguments.smoke else SHAPES["llama-2-7b"], "llama-2-7b", dtype)
-    path = RESULTS / "gpu.json"
-    found = json.loads(path.read_text("utf-8"))["studies"] if path.is_file() and not arguments.smoke else {}
+    found = {} if arguments.smoke else read_result("gpu").get("studies", {})
     for name in arguments.study or STUDIES:
         found[name] = STUDIES[name](model, arguments.smoke)
         print(name, json.dumps(found[name]), flush=True)

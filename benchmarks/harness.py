@@ -32,11 +32,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def read_result(name: str) -> dict[str, Any]:
+    """What `write_result` wrote under this name; empty where there is nothing yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
 def write_result(name: str, payload: Mapping[str, Any]) -> Path:
-    """Write `benchmarks/results/<name>.json`, environment included."""
+    """Write `benchmarks/results/<name>.json` with the environment of now, also where the payload has an earlier one."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **payload}, indent=2) + "\n")
+    whole = {"environment": {}, **payload} | {"environment": environment()}
+    path.write_text(json.dumps(whole, indent=2) + "\n")
     return path
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from benchmarks import real_model
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import environment, read_result, write_result
 from benchmarks.quality import C4, Study, Subject, documents_of, quantised, studies
 from benchmarks.quality_report import write_presets
 from qs_jax.adaptive.policy import Fusion, Halting, KvRuleName, Policy, Precision
@@ -64,9 +64,7 @@ def loaded(chosen: Study) -> Model:
 
 def calibrated(name: str) -> dict[str, Policy]:
     """The policies that the study of a model found with a prefix, by name; not those that do nothing."""
-    path = RESULTS / f"quality_{name}.json"
-    found = json.loads(path.read_text("utf-8")).get("calibrated", ()) if path.is_file() else ()
-    policies = (Policy.from_json(one["policy"]) for one in found)
+    policies = (Policy.from_json(one["policy"]) for one in read_result(f"quality_{name}").get("calibrated", ()))
     return {policy.name: policy for policy in policies if policy.mechanisms}
 
 
@@ -131,13 +129,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few windows, nothing written")
     arguments = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    path = RESULTS / "presets.json"
     with reporting_errors(debug=True):
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        found = read_result("presets")
         if arguments.report:
             write_presets(found)
             return
-        found.pop("environment", None)
         for name in arguments.models:
             chosen = studies()[name]
             tokens = chosen.scored_tokens if arguments.search else SCORED_TOKENS

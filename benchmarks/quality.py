@@ -42,7 +42,7 @@ from typing import Any
 import jax
 
 from benchmarks import real_model
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import RESULTS, environment, read_result, write_result
 from benchmarks.quality_report import table, write_report
 from convert.pipeline import convert
 from qs_jax.adaptive.policy import Policy
@@ -266,9 +266,7 @@ def measure(arguments: argparse.Namespace) -> None:
         return
     settings = {"calibration": chosen.calibration, "texts": chosen.texts, "calibration_tokens": tokens}
     settings |= {"lens": chosen.lens, "lens_tokens": LENS_TOKENS}
-    path = RESULTS / f"quality_{name}.json"
-    before = json.loads(path.read_text("utf-8")) if path.is_file() and arguments.protocol else {}
-    before.pop("environment", None)
+    before = read_result(f"quality_{name}") if arguments.protocol else {}
     runs = {**before.get("runs", {}), **runs}
     print(write_result(f"quality_{name}", {**before, **found, "settings": settings, "runs": runs}))
     if arguments.ship:

@@ -29,8 +29,8 @@ _HEAD = "| policy | perplexity | increase (95 %) | FLOPs saved | weight bytes sa
 def write_report(paths: Mapping[str, Path]) -> None:
     """Put the block of every result that is there between its markers; a page without them is left as it is."""
     results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
-    _fill(PAGE, {name: block(result) for name, result in results.items()})
-    _fill(README, {f"{n} texts": across(r if "table" in r else r["every_token"], _SHOWN) for n, r in results.items()})
+    fill(PAGE, {name: block(result) for name, result in results.items()})
+    fill(README, {f"{n} texts": across(r if "table" in r else r["every_token"], _SHOWN) for n, r in results.items()})
 
 
 def write_presets(found: Mapping[str, Any]) -> None:
@@ -38,12 +38,13 @@ def write_presets(found: Mapping[str, Any]) -> None:
     judged = found.get("judged", {})
     tables = {f"{name} prefix": side_by_side(one["rows"]) for name, one in judged.items()}
     tables |= {"presets": presets(found)} if judged else {}
-    _fill(README, tables)
+    fill(README, tables)
     tried = {f"search {name}": candidates(one) for name, one in found.get("search", {}).items()}
-    _fill(PAGE, {**tables, **tried})
+    fill(PAGE, {**tables, **tried})
 
 
-def _fill(file: Path, blocks: Mapping[str, str]) -> None:
+def fill(file: Path, blocks: Mapping[str, str]) -> None:
+    """Put each block between its markers in a page, where it has them."""
     page = file.read_text("utf-8")
     for name, content in blocks.items():
         if f"<!-- {name} -->" in page:

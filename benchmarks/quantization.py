@@ -19,13 +19,11 @@ nesting costs at 2 bits. Outcome: docs/quantization.md.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +33,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file
 
 from benchmarks import conversions, real_model
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import environment, read_result, write_result
 from benchmarks.judged_text import perplexity, scored_text, scored_tokens
 from benchmarks.quality import documents_of, studies
 from benchmarks.quantization_report import write_report
@@ -246,8 +244,7 @@ def _read_at(weights: Weights, coded: tuple[Array, Grid], bits: int) -> Weights:
 
 def merged(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """The result with what an earlier call found and this one did not run; no rows where the model itself differs."""
-    path: Path = RESULTS / f"quantization_{name}.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_result(f"quantization_{name}")
     if "rows" not in result:
         return {**before, **result}
     same = math.isclose(before.get("dense", 0.0), result["dense"], rel_tol=1e-6)

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, read_result
 from benchmarks.plots import Panel, draw
-from benchmarks.quality_report import replaced
+from benchmarks.quality_report import fill
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -96,14 +96,12 @@ Fitted on training text, judged on other text; all kernels of the blocks, group 
 
 def results() -> dict[str, dict[str, Any]]:
     """Result files of models, by name."""
-    paths = {name: RESULTS / f"quantization_{name}.json" for name in MODELS}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    return {name: found for name in MODELS if (found := read_result(f"quantization_{name}"))}
 
 
 def real() -> dict[str, Any]:
     """The result of the real model; empty where there is none."""
-    path = RESULTS / f"quantization_{REAL}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_result(f"quantization_{REAL}")
 
 
 def conversions_table(result: dict[str, Any]) -> str:
@@ -261,4 +259,4 @@ def write_report() -> None:
     found = results()
     draw(panels(found), DOCS / "quantization.png")
     (DOCS / "quantization.md").write_text(page(found), "utf-8")
-    README.write_text(replaced(README.read_text("utf-8"), "bits", readme_table(found)), "utf-8")
+    fill(README, {"bits": readme_table(found)})

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import real_model
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import environment, read_result, write_result
 from benchmarks.shapes import SHAPES, model_named, nested_model, random_model
 from benchmarks.speed import OURS, compared, our_generate, same_prompts, seconds_per_step
 from qs_jax.choices import BITS
@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     steps, rounds = (8, 2) if arguments.quick else (arguments.steps, arguments.rounds)
     with reporting_errors(debug=True):
-        path = RESULTS / "quantized_decode.json"
-        found = {r["model"]: r for r in (json.loads(path.read_text())["rows"] if path.exists() else [])}
+        found = {r["model"]: r for r in read_result("quantized_decode").get("rows", [])}
         for name in arguments.model:
             found[name] = row(name, steps, rounds)
             print(json.dumps(found[name], indent=1), flush=True)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, environment, median_ratio, summary, write_result
+from benchmarks.harness import environment, median_ratio, read_result, summary, write_result
 from benchmarks.plots import Panel, draw
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.speed import same_prompts
@@ -116,8 +116,7 @@ def main() -> None:
     if arguments.quick:
         print(*(measured_apart({**BASE, "layers": layers, "new_tokens": 32}) for layers in (1, 2)), sep="\n")
         return
-    path = RESULTS / "scaling.json"
-    result = {"axes": {}, **(json.loads(path.read_text("utf-8")) if path.is_file() else {})}
+    result = {"axes": {}, **read_result("scaling")}
     result |= {"shape": SHAPES["gpt2-124m"], "base": BASE}
     for axis in arguments.axis or [*AXES, "flat"]:
         if axis == "flat":
@@ -126,7 +125,7 @@ def main() -> None:
         else:
             result["axes"][axis] = [{**measured_apart(point), "date": environment()["date"]} for point in points(axis)]
             print(axis, *result["axes"][axis], sep="\n")
-        write_result("scaling", {key: value for key, value in result.items() if key != "environment"})
+        write_result("scaling", result)
     print(draw(panels(result["axes"]), DOCS / "scaling.png"))
 
 

@@ -15,7 +15,6 @@ machine and date.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ import numpy as np
 
 from benchmarks import real_model
 from benchmarks.gguf_peers import gguf_makers
-from benchmarks.harness import RESULTS, environment, interleaved, median_ratio, summary, write_result
+from benchmarks.harness import environment, interleaved, median_ratio, read_result, summary, write_result
 from benchmarks.peers import Generate, Prompts, torch_makers, write_hugging_face
 from benchmarks.quality import STORIES
 from benchmarks.shapes import NAMES, SHAPES, model_named, nested_model
@@ -170,9 +169,7 @@ def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> l
 def add_rows(model: str, study: str, key: str, new: list[dict[str, Any]]) -> Path:
     """Put rows into the model's result file."""
     name = f"speed_{Path(model).name}"
-    path = RESULTS / f"{name}.json"
-    result = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    result.pop("environment", None)
+    result = read_result(name)
     return write_result(name, {"model": model, **result, study: merged(result.get(study, []), new, key)})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import real_model
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, read_result
 from benchmarks.plots import Panel, draw
 from benchmarks.speed import OURS, table
 
@@ -19,12 +19,6 @@ _FIRST = (OURS, "qs_jax bfloat16", "qs_jax 8-bit", "qs_jax 4-bit")
 _COMPARED = "transformers float32"
 _MARKS = "<!-- python -m benchmarks.speed_report -->", "<!-- end -->"
 _TITLES = {"decode": "A decode step", "prefill": "Time to the first token", "request": "A whole request"}
-
-
-def read(name: str) -> dict[str, Any] | None:
-    """A result file, or None where it is not there."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def measured() -> list[dict[str, Any]]:
@@ -64,17 +58,21 @@ def section(result: dict[str, Any]) -> str:
     parts = [
         f"## {result['model']}, {machine['cpu']}\n\n{machine['cores']} cores, float32 unless the side says otherwise.\n"
     ]
-    if result["model"] == real_model.NAME:
-        parts += [_REAL, by_side(result)]
-    for study, title in () if result["model"] == real_model.NAME else _TITLES.items():
-        key = "batch" if study == "decode" else "tokens"
-        rows = result.get(study, [])
-        if rows:
-            parts.append(f"{title}; in brackets, how many times faster qs_jax's float32 is:\n\n{table(rows, key)}\n")
+    parts += [_REAL, by_side(result)] if result["model"] == real_model.NAME else by_study(result)
     shares = ", ".join(f"{row['bandwidth_fraction']:.0%} at batch {row['batch']}" for row in result.get("decode", []))
     if shares:
         parts.append(f"Share of the memory bandwidth measured in the same run that {OURS} reaches: {shares}.\n")
     return "\n".join(parts)
+
+
+def by_study(result: dict[str, Any]) -> list[str]:
+    """One model's measurements, a table for each study."""
+    return [
+        f"{title}; in brackets, how many times faster qs_jax's float32 is:\n\n"
+        f"{table(result[study], 'batch' if study == 'decode' else 'tokens')}\n"
+        for study, title in _TITLES.items()
+        if result.get(study)
+    ]
 
 
 def by_side(result: dict[str, Any]) -> str:
@@ -271,9 +269,10 @@ _TRIED = """## What was tried
 def documents() -> dict[Path, str]:
     """docs/speed.md and README as the result files have them."""
     results, readme = measured(), ROOT / "README.md"
+    others = map(read_result, ("host_overhead", "scaling", "step_profile", "start", "few_rows"))
     table = headline([result for result in results if result["model"] == "gpt2-124m"])
     return {
-        DOCS / "speed.md": page(results, *map(read, ("host_overhead", "scaling", "step_profile", "start", "few_rows"))),
+        DOCS / "speed.md": page(results, *others),
         readme: with_headline(readme.read_text("utf-8"), table),
     }
 

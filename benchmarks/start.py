@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from benchmarks import real_model
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import environment, read_result, write_result
 from benchmarks.shapes import SHAPES
 from qs_jax.adaptive.binding import dense
 from qs_jax.console import reporting_errors
@@ -136,12 +136,9 @@ def main() -> None:
     row: dict[str, Any] = {"sides": sides, "date": environment()["date"], "cpu": environment()["cpu"]}
     print(json.dumps(row, indent=1))
     if not arguments.quick:
-        path = RESULTS / "start.json"
-        kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        kind = "traced" if arguments.trace else "rows"
+        kept, kind = read_result("start"), "traced" if arguments.trace else "rows"
         rows = {**kept.get(kind, {}), f"{arguments.trace or arguments.model} {arguments.dtype}": row}
-        both = {name: kept[name] for name in ("rows", "traced") if name in kept}
-        print(write_result("start", {**both, kind: rows}))
+        print(write_result("start", {**kept, kind: rows}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ run side by side are each counted in full, so that the sum exceeds the time of a
 """
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import environment, read_result, write_result
 from benchmarks.shapes import NAMES, model_named
 from benchmarks.speed import PROMPT_TOKENS, our_generate, same_prompts
 
@@ -80,8 +79,7 @@ def main() -> None:
         print(f"| {row['kind']} | {row['result']} | {row['count']} | {row['ms']:.2f} |")
     print(f"| all | | {len(spent)} | {sum(spent.values()):.2f} |")
     if not arguments.quick:
-        path = RESULTS / "step_profile.json"
-        rows = json.loads(path.read_text("utf-8"))["profiles"] if path.is_file() else {}
+        rows = read_result("step_profile").get("profiles", {})
         key = f"{arguments.model} {arguments.dtype} batch {arguments.batch}"
         facts = {"steps": steps, "date": environment()["date"], "cpu": environment()["cpu"]}
         rows[key] = {**facts, "total_ms": sum(spent.values()), "kinds": kinds[: arguments.show]}

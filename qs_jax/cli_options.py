@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import qs_jax
 from qs_jax.adaptive.policy import KvRuleName, StateSignalName
-from qs_jax.choices import BITS, CODEBOOK_NAMES, DTYPES, METHODS, SCHEMES
+from qs_jax.choices import BITS, CODEBOOK_NAMES, DRAFTS, DTYPES, METHODS, SCHEMES
 from qs_jax.console import aside, run_command
 
 
@@ -46,7 +46,7 @@ DraftOption = Annotated[
     typer.Option(
         "--draft",
         metavar="DRAFT",
-        help="With --exact: auto (default), lookup, bits:4, bits:2, policy, lens, lens:LAYER; repeat for a cascade.",
+        help=f"With --exact: {', '.join(DRAFTS)}; the first unless given; repeat for a cascade.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

@@ -2,8 +2,8 @@
 
 XLA multiplies one row of float32 at the speed of memory. For two to five it packs the weights first, and for bfloat16
 it has kernels only where the CPU multiplies tiles (AMX): elsewhere those read 9 GB/s of 26. Here every `lanes`-th input
-of an output goes into the same lane of a vector, and lanes are summed by a product with ones. Wider kernels than the
-limits below gain nothing (`python -m benchmarks.few_rows`; docs/tried.md).
+of an output goes into the same lane of a vector, and lanes are summed by a product with ones. (`python -m
+benchmarks.few_rows` measures both.) Wider kernels than the limits below gained nothing (docs/tried.md).
 
 What the compiler must be kept from (jax 0.10, CPU): slices of narrow floats are taken as float32, all weights written
 out for it, so that they are turned into integers before they are cut; and equal products are compiled once

@@ -1,13 +1,25 @@
 """What both command lines share: one line, one JSON object, one exit status."""
 
+import gc
 import json
 import math
 from typing import Any
 
 import pytest
 
-from qs_jax.console import aside, one_line, print_json, progress, reporting_errors
+from qs_jax.console import aside, collecting_rarely, one_line, print_json, progress, reporting_errors
 from qs_jax.errors import CheckpointError
+
+
+def test_garbage_is_collected_rarely_while_a_command_runs_and_not_once_more_at_its_end() -> None:
+    before = gc.get_threshold()
+    try:
+        with collecting_rarely():
+            assert gc.get_threshold()[0] > 10 * before[0] > 0
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize(

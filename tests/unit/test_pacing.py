@@ -120,6 +120,14 @@ def test_a_text_opens_with_rounds_where_little_can_be_lost(slow: float, left: in
     assert made.choose(LIVE, SHAPE, left) == 0
 
 
+def test_a_text_opens_with_fewer_drafts_where_more_would_cost_too_much() -> None:
+    made = drafts()
+    made._opened = False
+    for count, seconds in {0: 1.0, 8: 2.4, 4: 1.3}.items():
+        made.took(count, SHAPE, seconds)
+    assert made.choose(LIVE, SHAPE, 64) == 4
+
+
 def test_a_draft_that_is_asked_for_is_always_used() -> None:
     made = drafts(adapts=False)
     assert made.choose(LIVE, SHAPE, LEFT) == COUNTS[0]

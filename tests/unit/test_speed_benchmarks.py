@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from benchmarks import exact, harness
 from benchmarks.gguf_peers import FILE_TYPES, in_format
 from benchmarks.gpu import descend
+from benchmarks.harness import read_result, write_result
 from benchmarks.host_overhead import host_seconds_per_chunk
+from benchmarks.quality_report import README, replaced
 from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
@@ -112,6 +115,22 @@ def test_the_headline_shows_the_fastest_and_replaces_the_old_one() -> None:
     assert with_headline(readme, text) == readme.replace("old", text)
     with pytest.raises(ValueError, match="not enough values"):
         with_headline("a\nb\n", text)
+
+
+def test_readme_says_what_exact_mode_s_result_says() -> None:
+    page = README.read_text("utf-8")
+    assert replaced(page, "exact", exact.table(read_result("exact")["runs"])) == page
+
+
+def test_a_result_is_stored_with_the_environment_of_its_own_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    assert read_result("new") == {}
+    write_result("new", {"environment": {"cpu": "another"}, "rows": [1]})
+    write_result("new", {**read_result("new"), "more": 2})
+    found = read_result("new")
+    assert (found["environment"]["date"][:2], found["rows"], found["more"]) == ("20", [1], 2)
 
 
 def test_documents_say_what_the_result_files_say() -> None:
