@@ -1,35 +1,64 @@
 """A product with codes of one precision: streamed on CPU where rows are few, else with weights written out."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qs_jax.matryoshka.slices import Slice
-from qs_jax.matryoshka.streaming import FEW_ROWS, SOME_ROWS, multiply_groups, multiply_streams
+from qs_jax.matryoshka.streaming import FEW_ROWS, multiply_streams
 from qs_jax.outline import outlined
 
 Rows = Float[Array, "rows padded_inputs"]
 Result = Float[Array, "rows outputs"]
 
-_LARGE = 2**19
-"""Weights of a kernel from which on the CPU reads codes instead of writing out weights first."""
+_TINY = 2**16
+"""Weights of a kernel below which streaming would only take long to compile."""
+
+_IN_CACHE = 2**21
+"""Weights that are written out at once: 8 MB as float32. More would go through memory."""
+
+_LANES = 64
+"""Outputs that a block is a multiple of."""
+
+_SOME_ROWS = 64
+"""Beyond so many a whole product is faster than blocks of one."""
 
 
 def multiply(x: Rows, codes: Slice) -> Result:
-    """`x @ weights`, in float32. Small kernels lie in cache anyway; streaming them would only take long to compile.
+    """`x @ weights`, in float32.
 
     Written out in a narrower type than float32, weights cost half, and the CPU multiplies them faster.
     """
-    streamed = SOME_ROWS if x.dtype == jnp.float32 else FEW_ROWS
-    if x.shape[1] * codes.outputs < _LARGE or x.shape[0] > streamed:
-        return _multiply(x, codes)
-    stream = _streams if x.shape[0] <= FEW_ROWS else multiply_groups
-    return jax.lax.platform_dependent(x, codes, cpu=stream, default=_multiply)
+    rows, size = x.shape[0], x.shape[1] * codes.outputs
+    if rows <= FEW_ROWS and size >= _TINY:
+        return jax.lax.platform_dependent(x, codes, cpu=_streams, default=_multiply)
+    if rows <= _SOME_ROWS and size > _IN_CACHE:
+        return jax.lax.platform_dependent(x, codes, cpu=_multiply_blocks, default=_multiply)
+    return _multiply(x, codes)
 
 
 _streams = outlined(multiply_streams)
+
+
+def _multiply_blocks(x: Rows, codes: Slice) -> Result:
+    """Block by block of outputs, so that weights are multiplied from where they were just written.
+
+    The last block ends with the last output, and so may say once more what the one before it said.
+    """
+    outputs = codes.outputs
+    count = -(-x.shape[1] * outputs // _IN_CACHE)
+    size = min(outputs, _LANES * -(-outputs // (count * _LANES)))
+
+    def block(y: Result, start: Int[Array, ""]) -> tuple[Result, None]:
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=-1)
+        part = _multiply(x, jax.tree.map(cut, codes))
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=1), None
+
+    starts = jnp.minimum(size * jnp.arange(-(-outputs // size), dtype=jnp.int32), outputs - size)
+    return jax.lax.scan(block, jnp.zeros((x.shape[0], outputs), jnp.float32), starts)[0]
 
 
 def _multiply(x: Rows, codes: Slice) -> Result:

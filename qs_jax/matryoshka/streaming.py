@@ -1,4 +1,4 @@
-"""Products of few rows with a large nested kernel on CPU: codes become weights in registers or cache, never in memory.
+"""Products of one row or two with a nested kernel on CPU: codes become weights in registers, never in memory.
 
 Decoding is bound by reading weights, so that bits save time only where the weights are not written out as floats on
 the way; that alone costs more than a dense product reads (a fresh 64 MB buffer for 4096 x 4096 takes 40 ms, mostly for
@@ -20,20 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qs_jax.matryoshka.codec import BLOCK, Planes, packed_codes, unpack
-from qs_jax.matryoshka.slices import Slice, bent, dequantised, levels, offset_in_steps
+from qs_jax.matryoshka.codec import BLOCK, Planes, packed_codes
+from qs_jax.matryoshka.slices import Slice, bent
 
 Rows = Float[Array, "rows padded_inputs"]
 Result = Float[Array, "rows outputs"]
 
-FEW_ROWS = 4
-"""Up to this many rows each pay for their own decoding of the codes."""
-
-SOME_ROWS = 64
-"""Up to this many go through groups of weights decoded into cache; beyond it a whole dense product is faster."""
-
-_PART = 128
-"""Inputs whose weights are decoded into cache at once; twice as many leave it."""
+FEW_ROWS = 2
+"""Up to this many rows each pay for their own decoding of the codes; from three on it pays to write weights out once."""
 
 _SPAN = 64
 _CHAINS = 2
@@ -89,24 +83,6 @@ def _span_products(
     while len(chains) > 1:
         chains = [*chains[2:], chains[0] + chains[1]]
     return chains[0]
-
-
-def multiply_groups(x: Rows, codes: Slice) -> Result:
-    """`x @ weights` part by part: weights of a few groups of inputs, in cache, times those inputs of every row."""
-    together = math.gcd(codes.groups, max(1, _PART // codes.group_size))
-    parts = codes.groups // together
-    rows = x.astype(jnp.float32).reshape(x.shape[0], parts, -1).swapaxes(0, 1)
-
-    def add(y: Result, part: tuple[Rows, Planes, Array, Array]) -> tuple[Result, None]:
-        rows, planes, scale, offset = part
-        level = levels(unpack(planes, codes.bits), codes.bits, codes.bend)
-        weights = dequantised(level, scale, offset_in_steps(offset, codes.bits)).reshape(rows.shape[1], -1)
-        return y + jax.lax.dot_general(rows, weights, (((1,), (0,)), ((), ()))), None
-
-    zeros = jnp.zeros((x.shape[0], codes.outputs), jnp.float32)
-    in_parts = (codes.planes, codes.scale, codes.offset)
-    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, together, *leaf.shape[1:]), in_parts)
-    return jax.lax.scan(add, zeros, (rows, *cut))[0]
 
 
 def _sum(terms: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:

@@ -70,14 +70,25 @@ def test_equal_products_with_large_kernels_are_in_a_program_once() -> None:
 
 @pytest.mark.parametrize("policy", ["balanced", "paper"])
 def test_products_may_stand_wherever_a_policy_puts_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In spans that are skipped, on gathered rows, at several precisions: large kernels give what small ones give."""
+    """In spans that are skipped, on gathered rows, at several precisions: streamed kernels give what written-out ones give."""
     model, tokens = quantised(tiny_model("llama", 3)), []
-    for large in (2**19, 0):
-        monkeypatch.setattr(product, "_LARGE", large)
+    for tiny in (2**19, 0):
+        monkeypatch.setattr(product, "_TINY", tiny)
         jax.clear_caches()
         tokens.append(qs_jax.generate(model, PROMPTS, max_new_tokens=12, policy=policy).tokens)
     jax.clear_caches()
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("outputs", [64, 100, 192, 333])
+def test_products_in_blocks_are_whole_ones(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 64 outputs; a number that they do not divide is covered by a last one that overlaps."""
+    kernel, x = random_kernel(outputs, 128), random_rows(5, 128)
+    whole = jax.jit(NestedKernel.matmul)(kernel.at(4), x)
+    monkeypatch.setattr(product, "_IN_CACHE", 128 * 64)
+    in_blocks = jax.jit(lambda kernel, x: kernel.at(4).matmul(x))(kernel, x)
+    np.testing.assert_allclose(in_blocks, whole, rtol=1e-5, atol=1e-5)
+    assert in_blocks.shape == (5, outputs)
 
 
 def test_rows_of_mixed_precision_equal_each_row_alone() -> None:
