@@ -27,7 +27,7 @@ Rows = Float[Array, "rows padded_inputs"]
 Result = Float[Array, "rows outputs"]
 
 FEW_ROWS = 2
-"""Up to this many rows each pay for their own decoding of the codes; from three on it pays to write weights out once."""
+"""Up to this many rows each pay for decoding the codes; from three on it pays to write weights out once."""
 
 _SPAN = 64
 _CHAINS = 2

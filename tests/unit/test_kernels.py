@@ -70,7 +70,7 @@ def test_equal_products_with_large_kernels_are_in_a_program_once() -> None:
 
 @pytest.mark.parametrize("policy", ["balanced", "paper"])
 def test_products_may_stand_wherever_a_policy_puts_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In spans that are skipped, on gathered rows, at several precisions: streamed kernels give what written-out ones give."""
+    """In spans that are skipped, on gathered rows, at several precisions: streamed kernels give what others give."""
     model, tokens = quantised(tiny_model("llama", 3)), []
     for tiny in (2**19, 0):
         monkeypatch.setattr(product, "_TINY", tiny)
