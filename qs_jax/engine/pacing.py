@@ -4,6 +4,11 @@ Whether text could have been looked up shows as soon as it is there, whoever dec
 would have gone (`Replay`), which costs next to nothing and no pass of the model. A round is tried where that promises a
 gain, and gone on with where its measured time keeps the promise. So text that does not draft well is decoded by plain
 steps, at the cost of the replay.
+
+A round of another size is another program. It is compiled once it would have saved a share of the time that compiling
+takes: were it the whole time, both together would be at most twice what would have been best, had one known what comes
+(ski rental; Karlin et al., 1988). It is less, as programs stay: in memory for the next request, on disk for the next
+process.
 """
 
 import math
@@ -15,6 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from jaxtyping import Int
 
+from qs_jax.engine.compilation import CompileMeter
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.drafts import LONGEST
 from qs_jax.engine.exact import Draft, Round
@@ -32,6 +38,9 @@ weights takes all the time."""
 
 _STAKE = 0.02
 """What share of the time of plain steps may be lost on rounds before any text was seen."""
+
+_EARNED = 0.25
+"""The share of compiling a program that it must have missed saving."""
 
 ROUNDS = 4
 """Of a chunk."""
@@ -116,6 +125,19 @@ class Replay:
         self.tokens, self.rounds = _MEMORY * self.tokens, _MEMORY * self.rounds
 
 
+@dataclass
+class _Known:
+    """What a process learned of a model: the last times of rounds and of plain steps, seconds that it took to compile
+    one of these programs, and what those not yet compiled would have saved."""
+
+    times: dict[tuple[int, Shape], list[float]] = field(default_factory=dict)
+    compiling: float = 0.0
+    foregone: dict[tuple[int, Shape], float] = field(default_factory=dict)
+
+
+_KNOWN: WeakKeyDictionary[CausalLM, _Known] = WeakKeyDictionary()
+
+
 class Drafts:
     """The host's side of exact mode in a request: the text so far, what became of drafts, and when to draft.
 
@@ -123,9 +145,10 @@ class Drafts:
     """
 
     def __init__(self, drafting: Drafting, model: CausalLM, prompts: Sequence[Sequence[int]]):
-        self._drafting, self._times = drafting, _TIMES.setdefault(model, {})
+        self._drafting, self._known = drafting, _KNOWN.setdefault(model, _Known())
         self._text = np.zeros((len(prompts), model.config.max_position_embeddings), np.int32)
         self._opened = False
+        self._paid = self._made = 0.0
         self._lengths = np.asarray([len(prompt) for prompt in prompts])
         self._replays: list[list[Replay]] = []
         for row, prompt in enumerate(prompts):
@@ -156,6 +179,7 @@ class Drafts:
 
     def see(self, chosen: Chosen) -> None:
         """Text that rows gained, in whatever way."""
+        self._made += float(chosen.emitted.sum() / max(1, chosen.emitted.any(axis=0).sum()))
         for row, replays in enumerate(self._replays):
             tokens = chosen.tokens[chosen.emitted[:, row], row]
             length = self._lengths[row]
@@ -182,6 +206,7 @@ class Drafts:
         step = self._seconds(0, shape)
         if step is None:
             return 0
+        self._paid = self._paid or step
         if not self._opened:
             self._opened = True
             return self._opening(shape, step, left)
@@ -190,12 +215,22 @@ class Drafts:
             replays = [self._replays[row][place] for row in live]
             tokens, rounds = sum(r.tokens for r in replays), sum(r.rounds for r in replays)
             per_token = self._expected(count, shape, step) * rounds / max(tokens, 1.0)
-            if tokens and per_token < least:
+            if tokens and per_token < least and self._compiles(count, shape, per_token):
                 best, least = count, per_token
         for row in live:
             for replay in self._replays[row]:
                 replay.fade()
+        self._paid, self._made = least if best else step, 0.0
         return best
+
+    def _compiles(self, count: int, shape: Shape, per_token: float) -> bool:
+        """Whether a program is compiled, or would have saved enough by now to be."""
+        known, which = self._known, (count, shape)
+        if which in known.times:
+            return True
+        saved = max(0.0, self._paid - per_token) * self._made
+        known.foregone[which] = known.foregone.get(which, 0.0) + saved
+        return known.foregone[which] >= _EARNED * known.compiling
 
     def _opening(self, shape: Shape, step: float, left: int) -> int:
         """Before there is any text to replay: as many drafts as are known to cost little even where none is right."""
@@ -206,21 +241,22 @@ class Drafts:
 
         return next((count for count in self._drafting.counts if lost(count) <= _STAKE * step * left), 0)
 
-    def took(self, count: int, shape: Shape, seconds: float) -> None:
-        """A round of so many drafts, or a plain step (0), took so long; compilation apart."""
-        times = self._times.setdefault((count, shape), [])
+    def took(self, count: int, shape: Shape, seconds: float, compiled: CompileMeter) -> None:
+        """A round of so many drafts, or a plain step (0), took so long, or had its program compiled first: no time to
+        go by, but it tells what another program would cost."""
+        times = self._known.times.setdefault((count, shape), [])
+        if compiled.programs:
+            self._known.compiling = compiled.seconds + compiled.trace_seconds
+            return
         times.append(seconds)
         del times[:-_MOST_TIMES]
 
     def _seconds(self, count: int, shape: Shape) -> float | None:
         """The least of the last times: what else the machine does only ever adds to them."""
-        return min(self._times.get((count, shape), ()), default=None)
+        return min(self._known.times.get((count, shape), ()), default=None)
 
     def _expected(self, count: int, shape: Shape, step: float) -> float:
         """Seconds of a round; hopefully few until there are measurements enough."""
-        times = self._times.get((count, shape), [])
+        times = self._known.times.get((count, shape), [])
         hoped = step * (1 + _HOPED * count)
         return min([*times, hoped] if len(times) < _FEWEST_TIMES else times)
-
-
-_TIMES: WeakKeyDictionary[CausalLM, dict[tuple[int, Shape], list[float]]] = WeakKeyDictionary()

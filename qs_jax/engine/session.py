@@ -129,8 +129,8 @@ class Session:
             before = METER.reading()
             state, chosen, passes = self._rounds(state, batch, count) if count else self._steps(state, batch)
             seconds = time.perf_counter() - started
-            if self.drafts and passes and not METER.since(before).programs:
-                self.drafts.took(count, self._shape(batch), seconds / passes)
+            if self.drafts and passes:
+                self.drafts.took(count, self._shape(batch), seconds / passes, METER.since(before))
             self.decode_seconds += seconds
             self.decode_steps += passes
             self.rounds += passes if count else 0
