@@ -261,7 +261,7 @@ def test_the_ledger_counts_passes_and_drafts_beside_the_twin() -> None:
     exact, drafted = (run(model, row, TOKENS, draft).session.ledger for draft in (right, Steps(dense(model.config))))
     assert exact.twin == drafted.twin == plain.twin
     assert exact.run.kv_slots == plain.run.kv_slots
-    costs = PassCosts(plain.costs, 1, [64] * model.config.num_hidden_layers)
+    costs = PassCosts(plain.costs, 1, [64] * model.config.num_hidden_layers, plain.bits)
     steps, passes = costs.of(TOKENS - 1, 1), costs.of(4, COUNT + 1)
     for tally in (exact.run, drafted.run):
         own = drafted if tally is drafted.run else exact
@@ -287,7 +287,8 @@ def test_the_ledger_of_a_pass_is_xla_s_own_count() -> None:
         network, replace(state, cache=cache), history, Scripted(history), controls, 4
     )
     counted = lowered.cost_analysis()["flops"]
-    expected = PassCosts(Costs.of(network), 2, [256] * config.num_hidden_layers).of(1, 5).flops
+    costs = Costs.of(network)
+    expected = PassCosts(costs, 2, [256] * config.num_hidden_layers, costs.bits).of(1, 5).flops
     assert counted == pytest.approx(expected, rel=0.02)
 
 
