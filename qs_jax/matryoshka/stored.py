@@ -107,7 +107,7 @@ def from_manifest(entry: Mapping[str, Any] | None, source: str) -> StoredKernels
             for path, raw in entry["kernels"].items()
         }
         return StoredKernels(kernels, dense=_DENSE in entry and int(entry[_DENSE]["bytes"]) >= 0)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
         raise CheckpointError(f"{source}: its quantization entry is damaged; convert the model again") from None
 
 

@@ -169,6 +169,7 @@ def test_it_needs_codes_to_keep_them_beside(tmp_path: Path, folders: dict[str, P
         ("both", []),
         ("both", {"bytes": "many"}),
         ("both", {"bytes": -1}),
+        ("both", {"bytes": float("inf")}),
     ],
     ids=str,
 )
