@@ -86,7 +86,7 @@ SHALLOW = Policy("s", decode_halting=Halting("random", 0.5), kv_rule="shallow", 
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same small Llama dense, in codes, and as both, with a policy beside its weights."""
     place = tmp_path_factory.mktemp("keep_dense")
-    source = write_folder(place / "hf", "llama", tokenizer=True)
+    source = write_folder(place / "hf", "llama", tokenizer=True, bos_token_id=95)
     Policy.paper().save(source / "policy.json")
     qs_jax.convert(source, place / "dense")
     qs_jax.convert(source, place / "codes", **CODES)
@@ -187,3 +187,13 @@ def test_a_manifest_that_says_otherwise_is_one_line(
     with pytest.raises(CheckpointError, match=r"cannot be loaded|is damaged") as raised:
         load(out, compilation_cache=False)
     assert "\n" not in str(raised.value)
+
+
+def test_an_evaluation_at_fewer_bits_compares_codes_with_the_dense_weights(folders: dict[str, Path]) -> None:
+    text = ["once upon a time there was a model, and it was small. " * 4]
+    windows: dict[str, Any] = {"prefix": 16, "window": 16, "max_tokens": 64}
+    codes, both, dense = (load(folders[name], compilation_cache=False) for name in ("codes", "both", "dense"))
+    found = qs_jax.evaluate(both, text, bits=4, **windows).to_json()
+    assert found["perplexity"] == qs_jax.evaluate(codes, text, bits=4, **windows).to_json()["perplexity"]
+    assert found["perplexity_off"] == qs_jax.evaluate(dense, text, **windows).to_json()["perplexity_off"]
+    assert found["ledger"]["bits_mean"] == 4
