@@ -103,8 +103,8 @@ class CalibratedQuantizer(Quantizer):
             self._embeddings |= arrays
         return super().__call__(part, arrays)
 
-    def manifest(self) -> dict[str, Any]:
-        return {**super().manifest(), "calibration": self._calibration.to_manifest()}
+    def manifest(self, dtype: str) -> dict[str, Any]:
+        return {**super().manifest(dtype), "calibration": self._calibration.to_manifest()}
 
     def done(self) -> None:
         self._unfinished.remove()

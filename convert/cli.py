@@ -37,6 +37,7 @@ app = typer.Typer(
   qs-convert ./my-model.gguf ./model
   qs-convert ./my-hf-model ./model --quantize matryoshka
   qs-convert ./my-hf-model ./model --quantize matryoshka --calibration-text train.txt
+  qs-convert ./my-hf-model ./model --quantize matryoshka --keep-dense
   qs-convert ./my-hf-model ./model --dry-run --json""",
 )
 @common_options(loads=False, versioned=True)
@@ -70,6 +71,10 @@ def convert(
     pin: Annotated[
         str | None, typer.Option(help="With --quantize: module paths that are always read at 8 bits.")
     ] = None,
+    keep_dense: Annotated[
+        bool,
+        typer.Option("--keep-dense", help="With --quantize: dense weights beside codes, which draft for them."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check names and shapes, write nothing.")] = False,
     *,
     common: Common,
@@ -97,6 +102,7 @@ def convert(
                     codebook=codebook,
                     exclude=exclude,
                     pin=pin,
+                    keep_dense=keep_dense,
                     dry_run=dry_run,
                     advance=advance,
                 )

@@ -84,6 +84,7 @@ def convert(
     codebook: str = CODEBOOK,
     exclude: str = EXCLUDE,
     pin: str | None = None,
+    keep_dense: bool = False,
     dry_run: bool = False,
     advance: Advance = unseen,
 ) -> Report:
@@ -109,6 +110,8 @@ def convert(
         codebook: with `quantize`, "even" levels, or "companded": nearer at 4 and 2 bits, more to compute.
         exclude: with `quantize`, module paths that stay dense, as a regular expression.
         pin: with `quantize`, module paths that are always read at 8 bits, as a regular expression.
+        keep_dense: with `quantize`, store the dense weights beside the codes: the model is read dense unless bits are
+            asked for, and its codes draft for it in exact mode.
         dry_run: check names and shapes, and write nothing.
         advance: called once per part written, for a progress bar.
 
@@ -128,8 +131,11 @@ def convert(
         raise ConfigError(not_among("dtype", dtype, DTYPES))
     if quantize not in (None, *SCHEMES):
         raise ConfigError(not_among("quantize", quantize, SCHEMES))
+    if keep_dense and quantize is None:
+        raise ConfigError("--keep-dense keeps dense weights beside codes; it needs --quantize matryoshka")
     shaped = {"method": method, "group_size": group_size, "exclude": exclude, "pin": pin, "codebook": codebook}
-    options = QuantizeOptions.of(**shaped, text=calibration_text is not None) if quantize is not None else None
+    shaped |= {"keep_dense": keep_dense, "text": calibration_text is not None}
+    options = QuantizeOptions.of(**shaped) if quantize is not None else None
     name, target = str(source), Path(target)
     files = locate(name, revision)
     parts = Parts(source_of(files))
@@ -144,7 +150,8 @@ def convert(
 
     def check(work: Path) -> dict[str, Any]:
         reference = None if golden is None else Path(golden)
-        return compared(work, files, reference, dtype, quantised=quantizer is not None, name=str(target))
+        quantised = quantizer is not None and not keep_dense
+        return compared(work, files, reference, dtype, quantised=quantised, name=str(target))
 
     advance(0, total=len(parts.names))
     report = write_converted(
@@ -214,18 +221,17 @@ def write_converted(
         for part, arrays in parts:
             stored = {path: stored_as(array, np.dtype(dtype), path) for path, array in arrays.items()}
             if quantizer:
-                dense, quantised = quantizer(part, arrays)
-                stored = {path: stored[path] for path in dense} | quantised
+                stored = quantizer.store(part, arrays, stored)
             report.bytes_out += sum(array.nbytes for array in stored.values())
             write_part(work, part, stored)
             advance()
         config = {**parts.source.raw_config, **parts.corrections}
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _copy_small_files(parts, work, () if quantizer else (_CALIBRATED,))
+        _copy_small_files(parts, work, () if quantizer and not quantizer.options.keep_dense else (_CALIBRATED,))
         facts: dict[str, Any] = {"source": name, "dtype": dtype}
         facts |= {"parameters": report.parameters, "bytes": report.bytes_out, "notes": parts.notes}
         if quantizer:
-            facts["quantization"] = quantizer.manifest()
+            facts["quantization"] = quantizer.manifest(dtype)
         write_manifest(work, **facts)
         if verify:
             report.verification = verify(work)

@@ -16,7 +16,7 @@ from qs_jax.fitting.grid import CODEBOOKS
 from qs_jax.fitting.rounding import relative_errors, round_to_nearest
 from qs_jax.matryoshka.codec import BLOCK
 from qs_jax.matryoshka.kernel import NestedKernel
-from qs_jax.matryoshka.stored import StoredKernel, kernel_arrays, to_manifest
+from qs_jax.matryoshka.stored import StoredKernel, dense_path, kernel_arrays, to_manifest
 
 _NEVER = re.compile("(?!)")
 
@@ -33,6 +33,7 @@ class QuantizeOptions:
         exclude: module paths that match this stay dense; by default the embedding and the head.
         pin: module paths that match this are always read at 8 bits; None for none but embedding and head.
         codebook: one of CODEBOOKS.
+        keep_dense: whether dense weights are stored beside the codes.
     """
 
     method: str = METHODS[0]
@@ -40,6 +41,7 @@ class QuantizeOptions:
     exclude: re.Pattern[str] = re.compile(EXCLUDE)
     pin: re.Pattern[str] = _NEVER
     codebook: str = CODEBOOK
+    keep_dense: bool = False
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class QuantizeOptions:
         pin: str | None = None,
         text: bool = False,
         codebook: str = CODEBOOK,
+        keep_dense: bool = False,
     ) -> "QuantizeOptions":
         """Check what the user asked for; by default the best method there is, with text or without.
 
@@ -69,7 +72,7 @@ class QuantizeOptions:
         if codebook not in CODEBOOKS:
             raise ConfigError(not_among("--codebook", codebook, CODEBOOKS))
         patterns = _pattern("--exclude", exclude), _pattern("--pin", pin) if pin else _NEVER
-        return cls(method, group_size, *patterns, codebook)
+        return cls(method, group_size, *patterns, codebook, keep_dense)
 
     def selects(self, path: str, array: np.ndarray) -> bool:
         """Whether an array is quantised: kernels and the embedding, unless excluded."""
@@ -89,8 +92,14 @@ class Quantizer:
         self.options = options
         self.kernels: dict[str, StoredKernel] = {}
 
+    def store(self, part: str, arrays: Arrays, dense: Arrays) -> Arrays:
+        """What is stored of a part, by path: `dense` are its arrays in the type in which weights are stored."""
+        plain, stored = self(part, arrays)
+        beside = {dense_path(path): dense[path] for path in arrays.keys() - plain} if self.options.keep_dense else {}
+        return {path: dense[path] for path in plain} | stored | beside
+
     def __call__(self, part: str, arrays: Arrays) -> tuple[Set[str], Arrays]:
-        """Which arrays of a part stay dense, and what is stored for the others."""
+        """Which arrays of a part are not quantised, and the codes of the others."""
         stored: Arrays = {}
         chosen = [path for path, array in arrays.items() if self.options.selects(path, array)]
         for path in chosen:
@@ -104,9 +113,9 @@ class Quantizer:
     def done(self) -> None:
         """The conversion is complete."""
 
-    def manifest(self) -> dict[str, Any]:
-        """What the manifest says about it, once every part is done."""
-        return to_manifest(self.kernels, self.options.method)
+    def manifest(self, dtype: str) -> dict[str, Any]:
+        """What the manifest says about it, once every part is done; `dtype` is that of dense weights."""
+        return to_manifest(self.kernels, self.options.method, np.dtype(dtype) if self.options.keep_dense else None)
 
     @staticmethod
     def errors(weights: jax.Array, kernel: NestedKernel) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from convert.source import source_of
 from qs_jax.checkpoint import is_converted, read_manifest, read_parts
 from qs_jax.config import ModelConfig
 from qs_jax.files import ModelFiles
+from qs_jax.kernels import TwofoldKernel
 from qs_jax.lens import LENS_FILE, Lens, with_lens
-from qs_jax.matryoshka.stored import collect, expand, from_manifest
+from qs_jax.matryoshka.stored import collect, dense_path, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM
 
@@ -44,10 +45,12 @@ def read_network(files: ModelFiles, dtype: jnp.dtype, notes: list[str], *, check
 def _read_converted(
     folder: Path, dtype: jnp.dtype, notes: list[str], *, checksums: bool
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    kernels = from_manifest(read_manifest(folder, verify=checksums).get("quantization"), str(folder))
+    stored = from_manifest(read_manifest(folder, verify=checksums).get("quantization"), str(folder))
     config = hf_config(folder, notes)
-    shapes = expand(abstract_arrays(config, dtype=dtype), kernels, str(folder))
-    return config, collect(read_parts(folder, shapes), kernels, dtype)
+    arrays: dict[str, Any] = read_parts(folder, expand(abstract_arrays(config, dtype=dtype), stored, str(folder)))
+    for path, codes in collect(arrays, stored, dtype).items():
+        arrays[path] = TwofoldKernel(arrays.pop(dense_path(path)), codes) if stored.dense else codes
+    return config, arrays
 
 
 def _read_source(files: ModelFiles, dtype: jnp.dtype, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:

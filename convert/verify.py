@@ -16,10 +16,13 @@ from safetensors.numpy import load_file
 
 from convert.parts import hf_config
 from convert.reading import read_network
+from qs_jax.choices import FULL
 from qs_jax.config import read_config_json
 from qs_jax.errors import CheckpointError
 from qs_jax.files import ModelFiles
+from qs_jax.kernels import at_bits, has_planes
 from qs_jax.models import forward
+from qs_jax.models.base import CausalLM
 
 PROMPT_TOKENS = 500
 
@@ -49,21 +52,22 @@ def verify(
     The reference is, in this order: a golden file (tensors `tokens`, `positions`, `logits`), transformers on torch if
     both are installed, or the original's weights run by this package (which checks storage only, and is named as such).
     Both sides compute in float32. The last two take the original's weights rounded to `dtype` as they are stored, so
-    that no rounding is between them and the converted ones; codes are compared with the original's weights.
+    that no rounding is between them and the converted ones; codes are compared with the original's weights. Codes
+    beside dense weights are compared as well, as roughly as codes alone.
 
     Args:
         folder: the converted folder.
         original: the Hugging Face folder, or the GGUF file.
         golden: a file of logits to compare with.
         dtype: how dense weights are stored.
-        quantised: whether kernels are codes, which are read at all their bits.
+        quantised: whether kernels are codes alone, which are read at all their bits.
         name: what the user calls the folder.
 
     Returns:
         `max_abs_logit_error`, `logit_error` (what is compared with the tolerance, in the logits' standard deviations)
         and `logit_error_tolerance`, `kl` (mean over positions, nats, of the reference's next-token distribution from
-        the converted one's), `verified_tokens`, `verified_against` and, where the mathematics was not compared with
-        another implementation, `not_verified`.
+        the converted one's), `codes_logit_error` of codes beside dense weights, `verified_tokens`, `verified_against`
+        and, where the mathematics was not compared with another implementation, `not_verified`.
 
     Raises:
         CheckpointError: the error is above the tolerance, or the golden file is damaged or does not fit the model.
@@ -81,27 +85,43 @@ def verify(
         expected = _own_logits(original, tokens, "float32" if quantised else dtype)
         against = "the original's weights, run by qs_jax"
         unsaid = {"not_verified": f"the mathematics against transformers: no {absent} here, and no --golden given"}
-    actual = _own_logits(folder, tokens, "float32")[positions]
+    network = read_network(folder, jnp.dtype("float32"), [])
+    actual = _logits(network, tokens)[positions]
     rough = "matryoshka" if quantised else dtype if golden is not None and dtype != "float32" else None
-    spread = float(expected.std(axis=-1).mean())
-    errors = np.abs(actual - expected).max(axis=-1)
-    largest = float(np.median(errors) if rough else errors.max())
-    error = largest / spread if largest else 0.0
-    tolerance = ROUGH_TOLERANCE[rough] if rough else TOLERANCE
-    if not error <= tolerance:  # NaN is no small error
-        raise CheckpointError(
-            f"{name}: not converted: logits differ from {against} by {error:.3g} standard deviations, more than "
-            f"{tolerance:g}; the folder is read wrongly or is not what it says"
-        )
+    error = _refuse_other(actual, expected, rough, f"{name}: not converted: logits differ from {against}")
+    beside: dict[str, float] = {}
+    if has_planes(network) and not quantised:
+        codes = _logits(at_bits(network, FULL), tokens)[positions]
+        complaint = f"{name}: not converted: the codes' logits differ from {against}"
+        beside["codes_logit_error"] = _refuse_other(codes, expected, "matryoshka", complaint)
     return {
-        "max_abs_logit_error": float(errors.max()),
+        "max_abs_logit_error": float(np.abs(actual - expected).max()),
         "logit_error": error,
-        "logit_error_tolerance": tolerance,
+        "logit_error_tolerance": ROUGH_TOLERANCE[rough] if rough else TOLERANCE,
         "kl": _mean_kl(expected, actual),
+        **beside,
         "verified_tokens": len(tokens),
         "verified_against": against,
         **unsaid,
     }
+
+
+def _refuse_other(actual: Logits, expected: Logits, rough: str | None, complaint: str) -> float:
+    """The error in the logits' standard deviations: the largest, or that of the median position where it is `rough`.
+
+    Raises:
+        CheckpointError: it is above the tolerance.
+    """
+    errors = np.abs(actual - expected).max(axis=-1)
+    largest = float(np.median(errors) if rough else errors.max())
+    error = largest / float(expected.std(axis=-1).mean()) if largest else 0.0
+    tolerance = ROUGH_TOLERANCE[rough] if rough else TOLERANCE
+    if not error <= tolerance:  # NaN is no small error
+        raise CheckpointError(
+            f"{complaint} by {error:.3g} standard deviations, more than {tolerance:g}; the folder is read wrongly or "
+            "is not what it says"
+        )
+    return error
 
 
 def _absent(original: ModelFiles) -> str:
@@ -114,6 +134,10 @@ def _own_logits(files: ModelFiles, tokens: Tokens, dtype: str) -> Logits:
     """By this package in float32, of weights rounded to the dtype."""
     network = read_network(files, jnp.dtype(dtype), [])
     network = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == dtype else leaf, network)
+    return _logits(network, tokens)
+
+
+def _logits(network: CausalLM, tokens: Tokens) -> Logits:
     return np.asarray(jax.jit(forward)(network, jnp.asarray(tokens)[None]))[0].astype(np.float32)
 
 

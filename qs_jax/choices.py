@@ -23,7 +23,7 @@ CODEBOOK_NAMES = ("even", "companded")
 SCHEMES = ("matryoshka",)
 """How weights may be quantised."""
 
-DRAFTS = ("auto", "lookup", "bits:4", "bits:2", "policy", "lens", "lens:LAYER")
+DRAFTS = ("auto", "lookup", "bits:8", "bits:4", "bits:2", "policy", "lens", "lens:LAYER")
 """What may propose tokens in exact mode."""
 
 DOCUMENTS = ":"

@@ -5,13 +5,12 @@ from collections.abc import Callable
 
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.policy import Halting, Policy
-from qs_jax.choices import FULL
 from qs_jax.engine.drafts import Cascade, Lookup, Steps
 from qs_jax.engine.exact import Draft
 from qs_jax.engine.pacing import Drafting
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationSettings
-from qs_jax.kernels import has_planes
+from qs_jax.kernels import has_planes, most_bits
 from qs_jax.model import Model
 
 _LOOKED_UP = (8, 4, 2)
@@ -72,10 +71,14 @@ def _bits(name: str, model: Model, asked: GenerationSettings) -> int:
     bits = int(name.partition(":")[2])
     if not has_planes(model.network):
         raise GenerationError(
-            f"draft {name} needs Matryoshka weights, which {model.name} has not; qs-convert --quantize"
+            f"draft {name} needs Matryoshka codes, which {model.name} has not; "
+            "make a model with both: qs-convert --quantize matryoshka --keep-dense"
         )
-    if bits >= (asked.bits or FULL):
-        raise GenerationError(f"draft {name} reads no fewer bits than the model it drafts for; lower it")
+    if bits >= (asked.bits or most_bits(model.network)):
+        raise GenerationError(
+            f"draft {name} reads no fewer bits than the model it drafts for; lower it, or keep dense weights beside "
+            "the codes: qs-convert --quantize matryoshka --keep-dense"
+        )
     return bits
 
 

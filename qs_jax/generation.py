@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.session import Session
 from qs_jax.engine.stopping import Detokenizer, StopStrings
@@ -103,7 +102,7 @@ class _Generation:
             chunk_size = min(chunk_size, _WATCHING_CHUNK)
         request = prepare(model, prompts, self.settings, chunk_size=chunk_size)
         bits = self.settings.bits
-        self.session = Session(model.network_at(bits), request, bits=bits or FULL)
+        self.session = Session(model.network_at(bits), request, bits=bits)
         self.request = request
         self.streaming = streaming
         self.rows = []
@@ -190,10 +189,9 @@ class _Generation:
         assert self.session.prefilled is not None
         prompt = self.session.prefilled.trace
         ledger = self.session.ledger
-        constant = float(ledger.bits if ledger.costs.planes else ledger.costs.weight_bits)
         return {
             "layers_run": [row.layers_run for row in self.rows],
-            "bits": [_mean_bits(row, constant, adapts=ledger.policy.adapts_bits) for row in self.rows],
+            "bits": [_mean_bits(row, float(ledger.bits), adapts=ledger.policy.adapts_bits) for row in self.rows],
             "signal": [row.signal for row in self.rows],
             "prompt_layers_run": [layers.tolist() for layers in prompt.layers_run],
             "prompt_fused_with": [tokens.tolist() for tokens in prompt.fused_with],

@@ -66,9 +66,10 @@ class GenerationConfig:
         exact: the dense model decides on every token, and drafts only let it decide on several at once. The text is
             that of plain decoding with the same settings and seed, but for rounding (docs/method.md).
         draft: what proposes tokens in exact mode: `lookup` (what followed the last tokens where they occurred before),
-            `bits:4` or `bits:2` (the same Matryoshka weights at fewer bits), `policy` (the model under the policy),
-            `lens` or `lens:LAYER` (early exit through the model's lens), or a list, cheapest first, in which each
-            `bits:N` checks what stands before it. `auto` looks up where that pays and decodes plainly where not.
+            `bits:8`, `bits:4` or `bits:2` (Matryoshka codes, at fewer bits than the model is read at), `policy` (the
+            model under the policy), `lens` or `lens:LAYER` (early exit through the model's lens), or a list, cheapest
+            first, in which each `bits:N` checks what stands before it. `auto` looks up where that pays and decodes
+            plainly where not.
 
     Raises:
         GenerationError: a value out of range, or a setting of sampling where decoding is sure to be greedy.
@@ -156,7 +157,7 @@ class GenerationConfig:
         self._require(
             "draft",
             len(names) == 1 or (in_order and names[0] != "auto"),
-            "a cascade, cheapest first: any draft but auto, then bits:2 or bits:4, bits rising",
+            "a cascade, cheapest first: any draft but auto, then bits:2, bits:4 or bits:8, bits rising",
         )
         if not self.exact and self.draft != "auto":
             raise GenerationError("draft needs exact=True (--exact); plain decoding drafts nothing")

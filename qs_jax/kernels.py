@@ -1,4 +1,4 @@
-"""Kernels: the weights of a projection, dense or in nested codes, behind one contract."""
+"""Kernels: the weights of a projection, dense, in nested codes or both, behind one contract."""
 
 import math
 import os
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qs_jax.choices import FULL
 from qs_jax.lanes import lanes_for, multiply_in_lanes
 from qs_jax.matryoshka.kernel import NestedKernel
 
@@ -74,9 +75,60 @@ class DenseKernel:
         return jnp.take(self.weights, outputs, axis=0, mode="clip")
 
 
-def as_kernel(stored: Float[Array, "outputs inputs"] | NestedKernel) -> Kernel:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TwofoldKernel:
+    """Dense weights, and codes of the same beside them: dense until some bits are asked for, then codes alone.
+
+    So a model is read as it was trained and drafts for itself at fewer bits; what nobody reads costs memory only.
+    """
+
+    weights: Float[Array, "outputs inputs"]
+    codes: NestedKernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weights.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.weights.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.weights.dtype
+
+    @property
+    def size(self) -> int:
+        return self.weights.size
+
+    @property
+    def nbytes(self) -> int:
+        """Those of the dense weights."""
+        return self.weights.nbytes
+
+    def at(self, bits: int | Int[Array, " batch"]) -> NestedKernel:
+        """The codes, read at `bits`; 8 is all of a code, not the dense weights.
+
+        Raises:
+            ValueError: a number other than 8, 4 or 2.
+        """
+        return self.codes.at(bits)
+
+    def matmul(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        return DenseKernel(self.weights).matmul(x)
+
+    def rows(self, outputs: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
+        return DenseKernel(self.weights).rows(outputs)
+
+
+Coded = NestedKernel | TwofoldKernel
+"""Kernels that can be read at 8, 4 or 2 bits."""
+
+
+def as_kernel(stored: Float[Array, "outputs inputs"] | Coded) -> Kernel:
     """What a parameter holds, as a kernel: the one place that tells dense weights from codes."""
-    return stored if isinstance(stored, NestedKernel) else DenseKernel(stored)
+    return stored if isinstance(stored, NestedKernel | TwofoldKernel) else DenseKernel(stored)
 
 
 def _multiply(x: Float[Array, "rows inputs"], weights: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
@@ -108,33 +160,47 @@ def _multiply_on_cores(
 
 
 def is_nested(leaf: object) -> TypeGuard[NestedKernel]:
-    """Keeps nested kernels whole where a module is taken apart."""
+    """Whether a weight is codes and nothing else."""
     return isinstance(leaf, NestedKernel)
 
 
-def weights(module: nnx.Module) -> list[Array | NestedKernel]:
-    """Every weight of a module, nested kernels whole."""
-    return jax.tree.leaves(module, is_leaf=is_nested)
+def _is_coded(leaf: object) -> TypeGuard[Coded]:
+    """Keeps kernels whole where a module is taken apart."""
+    return isinstance(leaf, NestedKernel | TwofoldKernel)
+
+
+def weights(module: nnx.Module) -> list[Array | Coded]:
+    """Every weight of a module, kernels with codes whole."""
+    return jax.tree.leaves(module, is_leaf=_is_coded)
 
 
 def at_bits(module: Tree, bits: int | Int[Array, " batch"]) -> Tree:
-    """A copy of a module (a block, a whole model) whose nested kernels are read at `bits`; weights are shared.
+    """A copy of a module (a block, a whole model) whose codes are read at `bits`; weights are shared.
 
     Args:
-        module: any pytree; one without nested kernels comes back unchanged.
+        module: any pytree; one without codes comes back unchanged.
         bits: 8, 4 or 2 for every row, or an array with one of these per row of the batch.
 
     Raises:
         ValueError: a number other than 8, 4 or 2.
     """
-    return jax.tree.map(lambda leaf: leaf.at(bits) if is_nested(leaf) else leaf, module, is_leaf=is_nested)
+    return jax.tree.map(lambda leaf: leaf.at(bits) if _is_coded(leaf) else leaf, module, is_leaf=_is_coded)
 
 
 def has_planes(module: object) -> bool:
     """Whether a module has kernels that can be read at several precisions."""
-    return any(map(is_nested, jax.tree.leaves(module, is_leaf=is_nested)))
+    return any(map(_is_coded, jax.tree.leaves(module, is_leaf=_is_coded)))
 
 
-def plane_bytes(module: nnx.Module, bits: int) -> int:
-    """Bytes of weights that a pass over the module reads at `bits`: planes, their scales and offsets, dense leaves."""
-    return sum(leaf.nbytes for leaf in weights(at_bits(module, bits)))
+def most_bits(module: nnx.Module) -> int:
+    """Bits of a weight where nobody asks for fewer: those of a code where there are codes alone, else of the dense."""
+    leaves = weights(module)
+    return FULL if any(map(is_nested, leaves)) else max(8 * leaf.dtype.itemsize for leaf in leaves)
+
+
+def plane_bytes(module: nnx.Module, bits: int | None) -> int:
+    """Bytes of weights that a pass over the module reads at `bits`: planes, their scales and offsets, dense leaves.
+
+    None for the module as it stands, so that of kernels with dense weights and codes it is the dense ones.
+    """
+    return sum(leaf.nbytes for leaf in weights(module if bits is None else at_bits(module, bits)))

@@ -72,7 +72,8 @@ class _Pass:
 class Decoder:
     """One row. `kernels` are the weights at 8 bits and, where the policy asks for them, at 4 and 2.
 
-    `piece` is how many prompt tokens go through the layers together: fusion looks no further.
+    `piece` is how many prompt tokens go through the layers together: fusion looks no further. `whole` are the bits of a
+    weight where no fewer are asked for.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Decoder:
         *,
         special_ids: Sequence[int] = (),
         piece: int = 1024,
+        whole: int = 8,
     ):
+        self.whole = whole
         self.config, self.policy, self.uniform, self.piece = config, policy, uniform, piece
         self.networks = {bits: Network(config, arrays) for bits, arrays in kernels.items()}
         self.special = set(special_ids) if policy.protect_special else set()
@@ -260,7 +263,7 @@ class Decoder:
             self._leave(layer, token, *network.kv(layer, token.state, place))
             seen = self._pass(network, layer, token)
             token.state = seen.after
-            layers_run, bits_read = layers_run + 1, bits_read + at
+            layers_run, bits_read = layers_run + 1, bits_read + (self.whole if at == 8 else at)
             if halted:
                 continue
             precision = policy.precision

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from qs_jax.fitting.rounding import round_to_nearest
+from qs_jax.kernels import TwofoldKernel
 from qs_jax.lens import Lens, with_lens
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, forward, network_from_arrays, parse_config, random_network
@@ -104,14 +105,16 @@ def with_random_lens(model: Model) -> Model:
     return replace(model, network=with_lens(model.network, lens), name=f"{model.name} with a lens")
 
 
-def quantised(model: Model) -> Model:
-    """The model with every block's kernels quantised."""
-    arrays = {
-        path: round_to_nearest(array, group_size=16) if path.startswith("blocks.") and array.ndim == 2 else array
-        for path, array in arrays_by_path(model.network).items()
-    }
+def quantised(model: Model, *, keep_dense: bool = False) -> Model:
+    """The model with every block's kernels quantised, or codes beside them."""
+    arrays = {**arrays_by_path(model.network)}
+    for path, array in arrays.items():
+        if path.startswith("blocks.") and array.ndim == 2:
+            codes = round_to_nearest(array, group_size=16)
+            arrays[path] = TwofoldKernel(array, codes) if keep_dense else codes
     network = network_from_arrays(model.config, arrays, dtype=model.dtype)
-    return replace(model, network=network, name=f"quantised {model.name}")
+    name = f"{model.name} with codes" if keep_dense else f"quantised {model.name}"
+    return replace(model, network=network, name=name)
 
 
 def narrowed(model: Model) -> Model:

@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 from flax import nnx
 
-from qs_jax.choices import BITS, FULL
-from qs_jax.kernels import has_planes, plane_bytes, weights
+from qs_jax.choices import BITS
+from qs_jax.kernels import Kernel, most_bits, plane_bytes, weights
 from qs_jax.models.base import Block, CausalLM
 
 ENTROPY_FLOPS = 6
@@ -20,7 +20,8 @@ ENTROPY_FLOPS = 6
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """One block: FLOPs per token and bytes per pass, whole and for keys and values alone; bytes by precision."""
+    """One block: FLOPs per token and bytes per pass, whole and for keys and values alone; bytes by precision: each of
+    BITS, and `Costs.bits`."""
 
     flops: int
     kv_flops: int
@@ -28,31 +29,34 @@ class LayerCosts:
     kv_bytes: Mapping[int, int]
 
     @classmethod
-    def of(cls, block: Block) -> "LayerCosts":
-        parts = (block.k, block.v)
+    def of(cls, block: Block, most: int) -> "LayerCosts":
+        """`most` is the bits of weights that are read as they stand."""
+        parts, asked = (block.k, block.v), _asked(most)
         return cls(
             flops=_flops(block),
             kv_flops=sum(map(_flops, parts)),
-            bytes={bits: plane_bytes(block, bits) for bits in BITS},
-            kv_bytes={bits: sum(plane_bytes(part, bits) for part in parts) for bits in BITS},
+            bytes={bits: plane_bytes(block, at) for bits, at in asked.items()},
+            kv_bytes={bits: sum(plane_bytes(part, at) for part in parts) for bits, at in asked.items()},
         )
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Constants of a model. `shortcut_…` are of the lens's stand-in for one layer; 0 without a lens."""
+    """Constants of a model. `shortcut_…` are of the lens's stand-in for one layer; 0 without a lens.
+
+    `bits` are those of a weight where nobody asks for fewer: of dense weights where there are any beside codes.
+    """
 
     layers: tuple[LayerCosts, ...]
     attention_flops_per_slot: int
     hidden_size: int
     vocab_size: int
     head_flops: int
-    head_bytes: int
+    head_bytes: Mapping[int, int]
     shortcut_flops: int
     shortcut_bytes: int
     slot_bytes: int
-    weight_bits: int
-    planes: bool
+    bits: int
 
     @classmethod
     def of(cls, model: CausalLM) -> "Costs":
@@ -63,36 +67,46 @@ class Costs:
 
     @classmethod
     def _counted(cls, model: CausalLM) -> "Costs":
-        config, head = model.config, model.head_kernel
+        config, head, most = model.config, model.head_kernel, most_bits(model)
         itemsize = model.embedding.table.dtype.itemsize
         return cls(
-            layers=tuple(LayerCosts.of(block) for block in model.blocks),
+            layers=tuple(LayerCosts.of(block, most) for block in model.blocks),
             attention_flops_per_slot=4 * config.num_attention_heads * config.head_dim,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             head_flops=2 * head.size,
-            head_bytes=head.nbytes,
+            head_bytes={bits: _head_bytes(head, at) for bits, at in _asked(most).items()},
             shortcut_flops=_flops(model.shortcuts[0]) if model.shortcuts else 0,
-            shortcut_bytes=plane_bytes(model.shortcuts[0], FULL) if model.shortcuts else 0,
+            shortcut_bytes=plane_bytes(model.shortcuts[0], None) if model.shortcuts else 0,
             slot_bytes=2 * config.num_key_value_heads * config.head_dim * itemsize,
-            weight_bits=8 * itemsize,
-            planes=has_planes(model),
+            bits=most,
         )
 
-    def step_bytes(self, bits: int = FULL) -> int:
-        """Bytes of weights that a decode step through all layers reads at one precision."""
-        return sum(layer.bytes[bits] for layer in self.layers) + self.head_bytes
+    def step_bytes(self, bits: int | None = None) -> int:
+        """Bytes of weights that a decode step through all layers reads at one precision, that of the model if none is
+        given."""
+        at = self.bits if bits is None else bits
+        return sum(layer.bytes[at] for layer in self.layers) + self.head_bytes[at]
 
     def probe_flops(self, shortlist: int) -> int:
         """The entropy of one token's intermediate logits."""
         return (2 * self.hidden_size + ENTROPY_FLOPS) * (shortlist or self.vocab_size)
 
-    def probe_bytes(self, shortlist: int) -> int:
+    def probe_bytes(self, shortlist: int, bits: int) -> int:
         """What one pass of the probe reads of the head."""
-        return self.head_bytes * (shortlist or self.vocab_size) // self.vocab_size
+        return self.head_bytes[bits] * (shortlist or self.vocab_size) // self.vocab_size
 
 
 _COSTS: WeakKeyDictionary[CausalLM, Costs] = WeakKeyDictionary()
+
+
+def _asked(most: int) -> dict[int, int | None]:
+    """By bits, what to ask of weights; None for weights as they stand."""
+    return {most: None, **{bits: bits for bits in BITS}}
+
+
+def _head_bytes(head: Kernel, bits: int | None) -> int:
+    return (head if bits is None else head.at(bits)).nbytes
 
 
 def _flops(module: nnx.Module) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.binding import BoundPolicy, Mechanism
 from qs_jax.adaptive.costs import ENTROPY_FLOPS, Costs
-from qs_jax.choices import BITS, FULL
+from qs_jax.choices import BITS
 
 
 class StagePass(NamedTuple):
@@ -64,7 +64,7 @@ class PassCosts:
     costs: Costs
     rows: int
     slots: Sequence[int]
-    bits: int = FULL
+    bits: int
 
     def of(self, passes: int, tokens: int) -> Tally:
         """So many passes over `tokens` tokens a row, whether they were kept or not; each reads the weights once."""
@@ -80,12 +80,12 @@ class PassCosts:
 class Ledger:
     """Totals of one request, beside its dense twin's: the same prompts and steps with every mechanism off.
 
-    `bits` is the precision that rows read where no policy chooses it; the twin reads all bits there are.
+    `bits` is the precision that rows read where no policy chooses it; the twin reads all bits there are, `Costs.bits`.
     """
 
     costs: Costs
     policy: BoundPolicy
-    bits: int = FULL
+    bits: int
     run: Tally = field(default_factory=Tally)
     twin: Tally = field(default_factory=Tally)
     probe_flops: int = 0
@@ -110,7 +110,7 @@ class Ledger:
             flops, read = self._stage(part)
             heads = part.stop == depth
             self.run.flops += flops + heads * rows * costs.head_flops
-            self.run.weight_bytes += read + heads * costs.head_bytes
+            self.run.weight_bytes += read + heads * costs.head_bytes[self.bits]
             self._count_decision(part)
         for tokens, slots in twin:
             flops, _ = self._stage(StagePass(0, depth, rows, tokens, 0, slots))
@@ -152,7 +152,7 @@ class Ledger:
 
     def _probe(self, tokens: int) -> None:
         self._control(tokens * self.costs.probe_flops(self.policy.shortlist))
-        self.run.weight_bytes += self.costs.probe_bytes(self.policy.shortlist)
+        self.run.weight_bytes += self.costs.probe_bytes(self.policy.shortlist, self.bits)
 
     def add_decode(self, work: Work, steps: int, rows: int, slots: Sequence[int]) -> None:
         """Count a chunk of decode steps.
@@ -173,7 +173,7 @@ class Ledger:
                     self._probe(int(work.rows_probed[step, index]))
         self.add_output_entropy(steps * rows)
         self.run.flops += steps * rows * costs.head_flops
-        self.run.weight_bytes += steps * costs.head_bytes
+        self.run.weight_bytes += steps * costs.head_bytes[self.bits]
 
     def add_output_entropy(self, tokens: int) -> None:
         """Count the entropy of what so many tokens were chosen from, where the policy remembers it."""
@@ -217,7 +217,7 @@ class Ledger:
 
     def add_twin(self, steps: int, rows: int, slots: int) -> None:
         """Count decode steps of the dense twin, whose caches have so many slots in every layer."""
-        twin = PassCosts(self.costs, rows, [slots] * len(self.costs.layers)).of(steps, 1)
+        twin = PassCosts(self.costs, rows, [slots] * len(self.costs.layers), self.costs.bits).of(steps, 1)
         self.twin.flops += twin.flops
         self.twin.weight_bytes += twin.weight_bytes
 
@@ -268,8 +268,6 @@ class Ledger:
         }
 
     def _bits_mean(self) -> float:
-        if not self.costs.planes:
-            return float(self.costs.weight_bits)
         adapts = self.policy.adapts_bits and self.decode_layers
         return self.decode_bits / self.decode_layers if adapts else float(self.bits)
 

@@ -109,9 +109,9 @@ class Precision:
     Attributes:
         signal: `previous_entropy` in bits (free), `entropy` after layer `layer` in bits (see `Probe`), or `random`.
         two_below, four_below: 2 bits where the signal is below the first, else 4 where it is below the second, else 8.
-        layer: layers from this one on (counted from 0) are read at the chosen bits, those before at 8.
-            None: the middle one.
-        pinned: layers that are always read at 8 bits; negative ones count from the end.
+        layer: layers from this one on (counted from 0) are read at the chosen bits, those before at all there are: 8,
+            or those of dense weights beside the codes. None: the middle one.
+        pinned: layers that are always read at all bits there are; negative ones count from the end.
     """
 
     signal: BitsSignalName = "previous_entropy"

@@ -38,7 +38,7 @@ from qs_jax.adaptive.precision import precisions_in_use
 from qs_jax.adaptive.signals import Evidence, Shown, probe_entropy
 from qs_jax.cache import Cache, LayerCache, segment
 from qs_jax.choices import FULL
-from qs_jax.kernels import at_bits
+from qs_jax.kernels import at_bits, most_bits
 from qs_jax.models import alike
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden
 
@@ -159,8 +159,9 @@ def _span(
     per_layer = tuple(_bits_of(layer, bits, rows.halted, policy) for layer in numbers)
     given = _Input(rows.hidden_states, context.positions, active, tuple(layers), per_layer)
     output, rows_run = _run_or_rest(model, numbers, given, policy)
-    all_bits = jnp.full(bits.shape, FULL, jnp.int32)
-    read = sum((all_bits if b is None else b for b in per_layer), jnp.zeros_like(bits))
+    read = jnp.zeros_like(bits)
+    for layer, of_rows in zip(numbers, per_layer, strict=True):
+        read += most_bits(model.blocks[layer]) if of_rows is None else of_rows
     rows = rows._replace(
         hidden_states=output.hidden_states,
         layers_run=rows.layers_run + jnp.where(active, len(numbers), 0).astype(jnp.int32),

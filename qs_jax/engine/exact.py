@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.ledger import PassCosts, Tally
 from qs_jax.cache import Cache, append, segment
-from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen, Controls, DecodeState, Spent, advance, choose, output_entropy
+from qs_jax.kernels import most_bits
 from qs_jax.models import alike
 from qs_jax.models.base import CausalLM, Heads
 
@@ -170,8 +170,8 @@ def _verify(
         kv.append((output.k, output.v))
     logits = model.head(hidden_states).reshape(batch * (count + 1), -1)
     flat, controls = _one_row_each(state, drafts, positions, controls)
-    none, depth = jnp.zeros_like(flat.tokens), len(model.blocks)
-    spent = Spent(none + depth, none + depth * FULL, none.astype(jnp.float32))
+    none, read = jnp.zeros_like(flat.tokens), sum(map(most_bits, model.blocks))
+    spent = Spent(none + len(model.blocks), none + read, none.astype(jnp.float32))
     chosen = choose(logits, flat, none - 1, controls, spent)
     by_step = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(batch, count + 1, *leaf.shape[1:]), 0, 1), chosen)
     entropy = output_entropy(logits, remembers=remembers).reshape(batch, count + 1).T

@@ -8,7 +8,6 @@ from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.ledger import Ledger, PassCosts
 from qs_jax.cache import bucket
-from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen, Chunk
 from qs_jax.engine.exact import Draft, Rounds
 from qs_jax.engine.prefill import Prefilled
@@ -17,11 +16,12 @@ from qs_jax.engine.prefill import Prefilled
 class Meter:
     """Counts what was run, and what the dense twin of the request would have run.
 
-    `twin_capacity` are the slots that the twin's caches have from the start; `limit` is the model's.
+    `twin_capacity` are the slots that the twin's caches have from the start; `limit` is the model's. `bits` are those
+    at which the model is read, None for all there are.
     """
 
-    def __init__(self, costs: Costs, policy: BoundPolicy, *, twin_capacity: int, limit: int, bits: int = FULL):
-        self.ledger = Ledger(costs, policy, bits)
+    def __init__(self, costs: Costs, policy: BoundPolicy, *, twin_capacity: int, limit: int, bits: int | None = None):
+        self.ledger = Ledger(costs, policy, bits or costs.bits)
         self._policy, self._limit = policy, limit
         self._twin_capacity = twin_capacity
 

@@ -13,7 +13,6 @@ from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.ledger import Ledger
 from qs_jax.cache import bucket
-from qs_jax.choices import FULL
 from qs_jax.engine.compilation import METER
 from qs_jax.engine.decode import Chosen, Controls, DecodeState, begin, decode_chunk
 from qs_jax.engine.exact import exact_chunk
@@ -77,7 +76,7 @@ class _Batch:
 class Session:
     """Runs a request. Iterate `chunks()`; call `finish(row)` between chunks to end a row early."""
 
-    def __init__(self, model: CausalLM, request: Request, *, bits: int = FULL):
+    def __init__(self, model: CausalLM, request: Request, *, bits: int | None = None):
         limit = model.config.max_position_embeddings
         room = first_capacity(request.longest, request.max_new_tokens, request.chunk_size, limit)
         self.model, self.request = model, request

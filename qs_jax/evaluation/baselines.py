@@ -76,11 +76,13 @@ def _share_at(layers_run: Int[np.ndarray, " tokens"], layer: int) -> float:
 def random_bits(subject: Policy, scores: Mapping[str, Scores]) -> list[Policy]:
     """As many bits as the subject's precision reads when it acts alone, but drawn at random."""
     alone = scores.get("precision")
-    if subject.precision is None or alone is None or not alone.ledger.costs.planes:
+    if subject.precision is None or alone is None:
         return []
-    bound = alone.ledger.policy
-    adapting = sum(map(bound.precision.adapts, range(bound.num_layers)))  # pyright: ignore
-    bits = alone.bits_read[:, 1:].mean() - 8 * (bound.num_layers - adapting)
+    bound, whole = alone.ledger.policy, alone.ledger.bits
+    if bound.precision is None:
+        return []
+    adapting = sum(map(bound.precision.adapts, range(bound.num_layers)))
+    bits = alone.bits_read[:, 1:].mean() - whole * (bound.num_layers - adapting)
     share = float(np.clip((8 - bits / max(adapting, 1)) / 4, 0, 1))
     precision = replace(subject.precision, signal="random", two_below=0.0, four_below=share)
     return [

@@ -89,7 +89,7 @@ def benchmark(
     outputs = [generate(model, prompts, config) for _ in range(repeats)]
     step = statistics.median(o.timing["decode_s"] / o.timing["decode_steps"] for o in outputs)
     speed = statistics.median(batch * new_tokens / o.timing["decode_s"] for o in outputs)
-    bandwidth = Costs.of(model.network).step_bytes(bits or 8) / step
+    bandwidth = Costs.of(model.network).step_bytes(bits) / step
     return {
         "tokens_per_second": speed if exact else batch / step,
         "decode_ms_per_step": 1e3 * step,

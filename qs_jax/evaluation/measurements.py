@@ -17,7 +17,7 @@ from qs_jax.evaluation.scoring import score_alone
 from qs_jax.evaluation.statistics import PerWindow, increase
 from qs_jax.evaluation.windows import Window
 from qs_jax.files import remove_whole, write_whole
-from qs_jax.kernels import has_planes
+from qs_jax.kernels import has_planes, most_bits
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
 from qs_jax.request import bind_policy
@@ -118,8 +118,8 @@ class Measurements:
         )
 
     def _taken_of(self) -> str:
-        """A digest of the weights' names, the head's and the lens's values and all that is scored: what measurements
-        hold for."""
+        """A digest of the weights' names and kind, the head's and the lens's values and all that is scored: what
+        measurements hold for."""
         digest = hashlib.sha256()
         for array in jax.tree.leaves(self.model.network.head_kernel):
             digest.update(np.asarray(array).tobytes())
@@ -127,7 +127,8 @@ class Measurements:
             digest.update(np.asarray(shortcut.up.get_value()).tobytes())
         shapes = [(name, array.shape, str(array.dtype)) for name, array in arrays_by_path(self.model.network).items()]
         text = [(window.prompt, window.scored) for part in self.parts.values() for window in part]
-        digest.update(repr((sorted(shapes), self.model.config, self.batch, text)).encode())
+        kind = self.planes, most_bits(self.model.network)
+        digest.update(repr((sorted(shapes), kind, self.model.config, self.batch, text)).encode())
         return digest.hexdigest()
 
     def _resumed(self) -> dict[str, Measured]:

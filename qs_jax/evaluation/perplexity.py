@@ -97,12 +97,11 @@ def samples(scores: Scores, windows: Sequence[Window], most: int = _SAMPLES) -> 
     """The first windows token by token, as the report colours them. `bits` is the mean over the layers run."""
     depth = scores.ledger.policy.num_layers
     ledger = scores.ledger
-    constant = float(ledger.bits if ledger.costs.planes else ledger.costs.weight_bits)
     told = []
     for row, window in enumerate(windows[:most]):
         layers, read = scores.layers_run[row], scores.bits_read[row]
         bits = [
-            r / n if ledger.policy.adapts_bits and r else constant
+            r / n if ledger.policy.adapts_bits and r else float(ledger.bits)
             for r, n in zip(read.tolist(), layers.tolist(), strict=True)
         ]
         told.append(

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.adaptive.binding import BoundPolicy, dense
 from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.ledger import Ledger
-from qs_jax.choices import FULL
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.prefill import PromptTrace
 from qs_jax.engine.sampling import Sampling
@@ -47,8 +46,8 @@ class Scores:
     @classmethod
     def empty(cls, model: Model, bound: BoundPolicy, tokens: int, bits: int | None = None) -> "Scores":
         none, whole = np.zeros((0, tokens), np.float32), np.zeros((0, tokens), np.int32)
-        ledger = Ledger(Costs.of(model.network), bound, bits or FULL)
-        return cls(ledger, none, whole, whole, none, none.astype(bool))
+        costs = Costs.of(model.network_at(bits))
+        return cls(Ledger(costs, bound, bits or costs.bits), none, whole, whole, none, none.astype(bool))
 
     @property
     def nll(self) -> Float[np.ndarray, " windows"]:
@@ -118,7 +117,7 @@ def _run(
     model: Model, windows: Sequence[Window], bound: BoundPolicy, bits: int | None = None
 ) -> tuple[Session, Chosen]:
     """One batch through a session; steps are joined."""
-    session = Session(model.network_at(bits), forced_request(windows, bound), bits=bits or FULL)
+    session = Session(model.network_at(bits), forced_request(windows, bound), bits=bits)
     chunks = []
     for chunk in session.chunks():
         if not np.isfinite(chunk.logprobs[chunk.emitted]).all():

@@ -23,7 +23,7 @@ from qs_jax.engine.decode import Controls, DecodeState
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
 from qs_jax.engine.stage import Tokens
-from qs_jax.kernels import has_planes, is_nested
+from qs_jax.kernels import has_planes, is_nested, most_bits
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
 from qs_jax.token_set import token_set
@@ -179,9 +179,11 @@ def imagine(
     piece: int = 1024,
 ) -> Outcome:
     """Through the oracle."""
-    return Decoder(model.config, _kernels(model), policy, _uniform, special_ids=SPECIAL_IDS, piece=piece).run(
-        prompt, new_tokens, forced
+    whole = most_bits(model.network)
+    decoder = Decoder(
+        model.config, _kernels(model), policy, _uniform, special_ids=SPECIAL_IDS, piece=piece, whole=whole
     )
+    return decoder.run(prompt, new_tokens, forced)
 
 
 def imagine_rounds(

@@ -181,6 +181,38 @@ def test_codes_draft_for_codes(draft: str | tuple[str, ...]) -> None:
     assert exact.timing["accepted"] > 0
 
 
+@pytest.mark.parametrize("sampled", [{}, SAMPLING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", ["bits:8", "bits:4", ("lookup", "bits:4")], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_draft_for_the_dense_weights_beside_them(
+    name: str, draft: str | tuple[str, ...], sampled: dict[str, Any]
+) -> None:
+    """The text is that of a model without codes; what a round verifies reads dense weights, its drafts read codes."""
+    model, plain = quantised(tiny_model(name), keep_dense=True), tiny_model(name)
+    text = qs_jax.generate(plain, PROMPTS[:2], max_new_tokens=33, **sampled)
+    exact = qs_jax.generate(model, PROMPTS[:2], max_new_tokens=33, exact=True, draft=draft, **sampled)
+    assert exact.tokens == text.tokens
+    assert exact.timing["accepted"] > 0
+    assert exact.ledger["weight_bytes_off"] == text.ledger["weight_bytes_off"]
+    assert exact.ledger["bits_mean"] == 32
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@on("llama")
+def test_drafts_read_the_bytes_of_codes_and_passes_those_of_dense_weights(bits: int) -> None:
+    """Counted by hand: what remains of the run without drafts are passes over dense weights."""
+    plain, codes = tiny_model("llama"), quantised(tiny_model("llama"))
+    model, row = quantised(plain, keep_dense=True), ROWS[:1]
+    ledger = run(model, row, TOKENS, Steps(dense(model.config), bits)).session.ledger
+    alone = run(plain, row, TOKENS).session.ledger
+    prompt = alone.run.weight_bytes - (TOKENS - 1) * Costs.of(plain.network).step_bytes()
+    drafts, rest = divmod(ledger.draft_bytes, Costs.of(codes.network).step_bytes(bits))
+    assert (rest, drafts >= 10) == (0, True)
+    passes, rest = divmod(ledger.run.weight_bytes - ledger.draft_bytes - prompt, Costs.of(plain.network).step_bytes())
+    assert (rest, 4 <= passes < TOKENS - 1) == (0, True)
+    assert ledger.twin == alone.twin
+
+
 @on("llama")
 def test_several_sequences_of_a_prompt() -> None:
     """With top-k, top-p and a penalty: each draws its own tokens, and the same as without drafts."""
@@ -261,7 +293,7 @@ def test_the_ledger_counts_passes_and_drafts_beside_the_twin() -> None:
     exact, drafted = (run(model, row, TOKENS, draft).session.ledger for draft in (right, Steps(dense(model.config))))
     assert exact.twin == drafted.twin == plain.twin
     assert exact.run.kv_slots == plain.run.kv_slots
-    costs = PassCosts(plain.costs, 1, [64] * model.config.num_hidden_layers)
+    costs = PassCosts(plain.costs, 1, [64] * model.config.num_hidden_layers, plain.bits)
     steps, passes = costs.of(TOKENS - 1, 1), costs.of(4, COUNT + 1)
     for tally in (exact.run, drafted.run):
         own = drafted if tally is drafted.run else exact
@@ -287,7 +319,8 @@ def test_the_ledger_of_a_pass_is_xla_s_own_count() -> None:
         network, replace(state, cache=cache), history, Scripted(history), controls, 4
     )
     counted = lowered.cost_analysis()["flops"]
-    expected = PassCosts(Costs.of(network), 2, [256] * config.num_hidden_layers).of(1, 5).flops
+    costs = Costs.of(network)
+    expected = PassCosts(costs, 2, [256] * config.num_hidden_layers, costs.bits).of(1, 5).flops
     assert counted == pytest.approx(expected, rel=0.02)
 
 

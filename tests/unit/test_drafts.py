@@ -91,10 +91,11 @@ def test_what_cannot_draft_is_refused_in_one_line() -> None:
     dense, codes = tiny_model("llama"), quantised(tiny_model("llama"))
     prompts_only = Policy("early", prompt_halting=Halting("relative_drift", 0.1))
     refused: list[tuple[Model, dict[str, Any], str]] = [
-        (dense, {"draft": "bits:4"}, "needs Matryoshka weights.*qs-convert --quantize"),
+        (dense, {"draft": "bits:4"}, "needs Matryoshka codes.*qs-convert --quantize matryoshka --keep-dense"),
         (dense, {"draft": "lens"}, "needs a lens.*qs-jax lens"),
         (with_random_lens(dense), {"draft": "lens:2"}, "lens:2 is not between.*1 to 1"),
         (codes, {"draft": "bits:4", "bits": 4}, "reads no fewer bits"),
+        (codes, {"draft": "bits:8"}, "reads no fewer bits.*--keep-dense"),
         (dense, {"policy": DECODE}, "policy p is at most a draft"),
         (dense, {"draft": "policy"}, "policy off does nothing on generated tokens"),
         (dense, {"draft": "policy", "policy": prompts_only}, "policy early does nothing on generated tokens"),

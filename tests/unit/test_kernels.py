@@ -11,7 +11,18 @@ import qs_jax
 from qs_jax.adaptive.costs import Costs
 from qs_jax.choices import BITS
 from qs_jax.fitting.rounding import round_to_nearest
-from qs_jax.kernels import at_bits, has_planes, is_nested, plane_bytes, weights
+from qs_jax.kernels import (
+    DenseKernel,
+    Kernel,
+    TwofoldKernel,
+    as_kernel,
+    at_bits,
+    has_planes,
+    is_nested,
+    most_bits,
+    plane_bytes,
+    weights,
+)
 from qs_jax.matryoshka import product
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.model import Model
@@ -146,3 +157,53 @@ def test_rows_of_a_whole_model_at_their_own_precision(model: Model) -> None:
         alone = forward(at_bits(model.network, own), tokens[:1])[0]
         np.testing.assert_allclose(mixed[row], alone, atol=2e-4)
         np.testing.assert_array_equal(mixed[row].argmax(-1), alone.argmax(-1))
+
+
+def test_a_kernel_that_holds_both_is_dense_until_bits_are_asked_for() -> None:
+    """To the last bit the one or the other: products, rows, and the bytes they read."""
+    codes = random_kernel()
+    dense = jnp.asarray(rng.standard_normal(codes.shape), jnp.float32)
+    both, x, ids = TwofoldKernel(dense, codes), random_rows(3, 100), jnp.asarray([[4, 99], [0, 7]])
+    assert isinstance(both, Kernel)
+    assert as_kernel(both) is both
+    assert (both.shape, both.ndim, both.size, both.dtype) == (codes.shape, 2, codes.size, dense.dtype)
+    assert both.nbytes == dense.nbytes
+    np.testing.assert_array_equal(both.matmul(x), DenseKernel(dense).matmul(x))
+    np.testing.assert_array_equal(both.rows(ids), DenseKernel(dense).rows(ids))
+    for bits in BITS:
+        assert both.at(bits).nbytes == codes.at(bits).nbytes < both.nbytes
+        np.testing.assert_array_equal(both.at(bits).matmul(x), codes.at(bits).matmul(x))
+        np.testing.assert_array_equal(both.at(bits).rows(ids), codes.at(bits).rows(ids))
+    by_row = jnp.asarray([8, 2, 4])
+    np.testing.assert_array_equal(both.at(by_row).matmul(x), codes.at(by_row).matmul(x))
+    with pytest.raises(ValueError, match="bits is 3"):
+        both.at(3)
+
+
+def test_a_module_with_both_counts_what_a_pass_reads(model: Model) -> None:
+    """As it stands what the dense one reads, at fewer bits what codes alone do; never the sum of the two."""
+    plain = tiny_model(model.config.model_type)
+    both = quantised(plain, keep_dense=True).network
+    assert has_planes(both)
+    assert [most_bits(network) for network in (plain.network, both, model.network)] == [32, 32, 8]
+    costs, dense, codes = (Costs.of(network) for network in (both, plain.network, model.network))
+    assert (costs.step_bytes(), costs.bits) == (dense.step_bytes(), 32)
+    assert costs.layers[0].flops == dense.layers[0].flops
+    for bits in BITS:
+        assert costs.step_bytes(bits) == codes.step_bytes(bits) < costs.step_bytes()
+        assert Costs.of(at_bits(both, bits)) == Costs.of(at_bits(model.network, bits))
+    assert plane_bytes(both.blocks[0], None) == plane_bytes(plain.network.blocks[0], None)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_head_that_holds_both_is_counted_as_it_is_read(bits: int | None) -> None:
+    """A tied table: drafts read its codes, the model itself does not."""
+    copy = jax.tree.map(lambda leaf: leaf, tiny_model("gpt2").network)
+    table = copy.embedding.table.get_value()
+    head = TwofoldKernel(table, replace(round_to_nearest(table, group_size=16), least=8))
+    copy.embedding.table.set_value(head)
+    expected = head.nbytes if bits is None else head.codes.nbytes
+    costs = Costs.of(copy)
+    blocks = sum(layer.bytes[bits or costs.bits] for layer in costs.layers)
+    assert costs.step_bytes(bits) - blocks == expected
+    assert costs.probe_bytes(0, bits or costs.bits) == expected
