@@ -28,7 +28,7 @@ from jaxtyping import Float
 from benchmarks import real_model
 from benchmarks.harness import environment
 from benchmarks.judged_text import articles, nats, scored_text
-from benchmarks.quality import C4, WIKITEXT, WIKITEXT_TRAIN
+from benchmarks.quality import C4, HEAD, WIKITEXT, WIKITEXT_TRAIN
 from convert.pipeline import convert
 from qs_jax.adaptive.costs import Costs
 from qs_jax.choices import BITS, FULL, METHODS
@@ -42,7 +42,7 @@ from reference_models.data import text_folder
 NAME = real_model.NAME
 CALIBRATION_TOKENS = 8192
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
-_HEAD_TOO = {"exclude": "(?!)"}
+_HEAD_TOO = {"exclude": None}
 _BEST = {"method": "gptq+tune", "codebook": "companded"}
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def converted(source: Path, target: Path, options: Mapping[str, Any]) -> dict[st
         quantize="matryoshka",
         calibration_text=text,
         calibration_tokens=CALIBRATION_TOKENS,
-        **options,
+        **{"exclude": HEAD, **options},
     )
     return {
         "encode_s": time.perf_counter() - started,

@@ -62,8 +62,8 @@ _REAL_FOUND = """
 * **2 bits** break the model by every method, as expected.
 * **The head and the embedding in codes** (one table here, a fifth of the model) cost less than 0.1 % at 8 bits, and a
   step reads 141 MB in place of 225: compare *rtn, head too* with *rtn*. At 4 bits it is free as well, next to what
-  the blocks lose. They stay dense unless asked for (`--exclude '(?!)'`), as their products are not faster on every
-  machine.
+  the blocks lose. So `qs-convert` makes codes of them as well, unless told otherwise (`--exclude
+  '^embedding|^lm_head'`, as in all rows that do not say *head too*).
 * **Time and memory**: fitting *gptq* takes minutes and four times the memory of the model in float32 (compilation
   included), rounding seconds.
 """

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from convert.defaults import CALIBRATION_TOKENS, CODEBOOK, DTYPE, EXCLUDE, GROUP_SIZE
+from convert.defaults import CALIBRATION_TOKENS, CODEBOOK, DTYPE, GROUP_SIZE
 from qs_jax.cli_options import (
     Codebook,
     Command,
@@ -66,8 +66,8 @@ def convert(
     ] = GROUP_SIZE,
     codebook: Codebook = CODEBOOK,
     exclude: Annotated[
-        str, typer.Option(help="With --quantize: module paths that stay dense, as a regular expression.")
-    ] = EXCLUDE,
+        str | None, typer.Option(help="With --quantize: module paths that stay dense, as a regular expression.")
+    ] = None,
     pin: Annotated[
         str | None, typer.Option(help="With --quantize: module paths that are always read at 8 bits.")
     ] = None,

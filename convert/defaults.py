@@ -10,6 +10,3 @@ GROUP_SIZE = 64
 """Inputs that share a scale and an offset."""
 
 CODEBOOK = "even"
-
-EXCLUDE = "^embedding|^lm_head"
-"""Paths of modules that stay dense."""

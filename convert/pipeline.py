@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.defaults import CALIBRATION_TOKENS, CODEBOOK, DTYPE, EXCLUDE, GROUP_SIZE
+from convert.defaults import CALIBRATION_TOKENS, CODEBOOK, DTYPE, GROUP_SIZE
 from convert.parts import Parts, stored_as
 from convert.quantize import QuantizeOptions, Quantizer
 from convert.source import locate, source_of
@@ -82,7 +82,7 @@ def convert(
     calibration_tokens: int = CALIBRATION_TOKENS,
     group_size: int = GROUP_SIZE,
     codebook: str = CODEBOOK,
-    exclude: str = EXCLUDE,
+    exclude: str | None = None,
     pin: str | None = None,
     keep_dense: bool = False,
     dry_run: bool = False,
@@ -108,7 +108,7 @@ def convert(
         calibration_tokens: how many tokens of it to take.
         group_size: with `quantize`, inputs that share a scale; a multiple of 8.
         codebook: with `quantize`, "even" levels, or "companded": nearer at 4 and 2 bits, more to compute.
-        exclude: with `quantize`, module paths that stay dense, as a regular expression.
+        exclude: with `quantize`, module paths that stay dense, as a regular expression; none by default.
         pin: with `quantize`, module paths that are always read at 8 bits, as a regular expression.
         keep_dense: with `quantize`, store the dense weights beside the codes: the model is read dense unless bits are
             asked for, and its codes draft for it in exact mode.

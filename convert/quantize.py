@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.defaults import CODEBOOK, EXCLUDE, GROUP_SIZE
+from convert.defaults import CODEBOOK, GROUP_SIZE
 from qs_jax.choices import BITS, METHODS, not_among
 from qs_jax.errors import ConfigError
 from qs_jax.fitting.grid import CODEBOOKS
@@ -30,7 +30,8 @@ class QuantizeOptions:
     Attributes:
         method: one of METHODS.
         group_size: inputs that share a scale and an offset; a multiple of 8.
-        exclude: module paths that match this stay dense; by default the embedding and the head.
+        exclude: module paths that match this stay dense; by default none, as 8 bits of embedding and head cost nothing
+            that can be measured (docs/quantization.md).
         pin: module paths that match this are always read at 8 bits; None for none but embedding and head.
         codebook: one of CODEBOOKS.
         keep_dense: whether dense weights are stored beside the codes.
@@ -38,7 +39,7 @@ class QuantizeOptions:
 
     method: str = METHODS[0]
     group_size: int = GROUP_SIZE
-    exclude: re.Pattern[str] = re.compile(EXCLUDE)
+    exclude: re.Pattern[str] = _NEVER
     pin: re.Pattern[str] = _NEVER
     codebook: str = CODEBOOK
     keep_dense: bool = False
@@ -49,7 +50,7 @@ class QuantizeOptions:
         *,
         method: str | None = None,
         group_size: int = GROUP_SIZE,
-        exclude: str = EXCLUDE,
+        exclude: str | None = None,
         pin: str | None = None,
         text: bool = False,
         codebook: str = CODEBOOK,
@@ -71,7 +72,7 @@ class QuantizeOptions:
             raise ConfigError(f"--group-size is {group_size}, expected a multiple of {BLOCK}")
         if codebook not in CODEBOOKS:
             raise ConfigError(not_among("--codebook", codebook, CODEBOOKS))
-        patterns = _pattern("--exclude", exclude), _pattern("--pin", pin) if pin else _NEVER
+        patterns = _pattern("--exclude", exclude), _pattern("--pin", pin)
         return cls(method, group_size, *patterns, codebook, keep_dense)
 
     def selects(self, path: str, array: np.ndarray) -> bool:
@@ -129,7 +130,9 @@ class Quantizer:
 _ROUND = jax.jit(round_to_nearest, static_argnames=("group_size", "bend"))
 
 
-def _pattern(option: str, text: str) -> re.Pattern[str]:
+def _pattern(option: str, text: str | None) -> re.Pattern[str]:
+    if text is None:
+        return _NEVER
     try:
         return re.compile(text)
     except re.error as error:

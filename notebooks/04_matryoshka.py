@@ -71,7 +71,7 @@ COLOURS = {8: "#0b6e4f", 4: "#c05a12", 2: "#7a3fb0"}
 # %% [markdown]
 # ## Convert
 #
-# Every block's kernels become nested codes; the embedding and the head stay as they are unless `--exclude` says otherwise.
+# Every kernel becomes nested codes; the embedding and the head are always read at 8 bits, which costs nothing that can be measured.
 
 # %%
 # in a terminal: qs-convert MODEL ./planes --quantize matryoshka
