@@ -11,13 +11,11 @@ from typing import Any
 from benchmarks import real_model
 from benchmarks.harness import RESULTS, read_result
 from benchmarks.plots import Panel, draw
+from benchmarks.quality_report import replaced
 from benchmarks.speed import OURS, table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-_FIRST = (OURS, "qs_jax bfloat16", "qs_jax 8-bit", "qs_jax 4-bit")
-_COMPARED = "transformers float32"
-_MARKS = "<!-- python -m benchmarks.speed_report -->", "<!-- end -->"
 _TITLES = {"decode": "A decode step", "prefill": "Time to the first token", "request": "A whole request"}
 
 
@@ -93,33 +91,6 @@ def by_side(result: dict[str, Any]) -> str:
         share = sum(agreed * rows for agreed, rows in judged) / sum(rows for _, rows in judged)
         lines.append(f"| {name} | {' | '.join(cells)} | {share:.0%} |")
     return "\n".join([*lines, ""])
-
-
-def headline(results: list[dict[str, Any]]) -> str:
-    """README's table: a decode step of one model on every machine, the fastest side of a row in bold."""
-    rows = [(result["environment"]["cpu"], row) for result in results for row in result.get("decode", [])]
-    names = list(dict.fromkeys([*_FIRST, *(name for _, row in rows for name in row["sides"])]))
-    lines = ["| machine, batch | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-    for cpu, row in rows:
-        shown = {name: f"{side['median_ms']:.1f}" for name, side in row["sides"].items()}
-        fastest = min(map(float, shown.values()))
-        shown = {name: f"**{ms}**" if float(ms) == fastest else ms for name, ms in shown.items()}
-        if _COMPARED in shown:
-            shown[_COMPARED] += f" ({row['sides'][_COMPARED]['speedup']:.2f} ×)"
-        cells = [shown.get(name, "–") for name in names]
-        lines.append(f"| {cpu.replace('Intel(R) ', '').split('(')[0]}, {row['batch']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def with_headline(readme: str, table: str) -> str:
-    """README with its table between the two marks replaced.
-
-    Raises:
-        ValueError: a mark is missing.
-    """
-    before, rest = readme.split(_MARKS[0])
-    _, after = rest.split(_MARKS[1])
-    return f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}"
 
 
 def page(
@@ -226,7 +197,7 @@ Every side has the weights of one Q4_1 file, as they stand or written out in its
 lose some of them again, and int8 products round what is multiplied. Our codes are rounded to nearest in groups of 64,
 which is why 4 bits say something else; fitted ones of that size take the same time. llama.cpp is the wheel `xllamacpp`,
 which is built for any machine with AVX2; it and OpenVINO read GGUF, in the format that they are named with. None keeps
-a prompt for the next call. The rows of qs_jax bfloat16 precede products in lanes (Few rows, below).
+a prompt for the next call.
 """
 
 _PHASES = {
@@ -270,10 +241,9 @@ def documents() -> dict[Path, str]:
     """docs/speed.md and README as the result files have them."""
     results, readme = measured(), ROOT / "README.md"
     others = map(read_result, ("host_overhead", "scaling", "step_profile", "start", "few_rows"))
-    table = headline([result for result in results if result["model"] == "gpt2-124m"])
     return {
         DOCS / "speed.md": page(results, *others),
-        readme: with_headline(readme.read_text("utf-8"), table),
+        readme: replaced(readme.read_text("utf-8"), "speed", by_side(results[0]).rstrip()),
     }
 
 

@@ -18,7 +18,7 @@ from benchmarks.quality_report import README, replaced
 from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
-from benchmarks.speed_report import by_machine, by_side, decode_panel, documents, headline, page, with_headline
+from benchmarks.speed_report import by_machine, by_side, decode_panel, documents, page
 from benchmarks.step_profile import by_kind
 from qs_jax.matryoshka.kernel import NestedKernel
 from tests.ggufs import write_gguf
@@ -105,16 +105,6 @@ def test_a_file_in_another_format_holds_the_same_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(ours.data, theirs.data, atol=1e-3)
     written = made.stat().st_mtime_ns
     assert in_format(source, tmp_path / "work", "F16").stat().st_mtime_ns == written
-
-
-def test_the_headline_shows_the_fastest_and_replaces_the_old_one() -> None:
-    sides = compared({OURS: [0.02], "qs_jax 8-bit": [0.01], "transformers float32": [0.03], "other": [0.04]})
-    text = headline([{"environment": {"cpu": "Intel(R) Xeon(R) Processor"}, "decode": [{"batch": 2, "sides": sides}]}])
-    assert text.splitlines()[-1] == "| Xeon, 2 | 20.0 | – | **10.0** | – | 30.0 (1.50 ×) | 40.0 |"
-    readme = "a\n<!-- python -m benchmarks.speed_report -->\nold\n<!-- end -->\nb\n"
-    assert with_headline(readme, text) == readme.replace("old", text)
-    with pytest.raises(ValueError, match="not enough values"):
-        with_headline("a\nb\n", text)
 
 
 def test_readme_says_what_exact_mode_s_result_says() -> None:
