@@ -232,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=sorted(studies()))
     parser.add_argument("--protocol", choices=PROTOCOLS, help="only this one; the other stays in the file")
+    parser.add_argument("--scored-tokens", type=int, metavar="N", help="judge fewer windows of every text")
     parser.add_argument("--ship", action="store_true", help="write policy.json and the lens beside the model")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report of both protocols there as well")
     parser.add_argument("--quick", action="store_true", help="a few windows, nothing written")
@@ -253,7 +254,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Run the study, in one protocol or both, and write what it found."""
     jax.config.update("jax_default_matmul_precision", "highest")
     name, chosen = arguments.model, studies()[arguments.model]
-    plan, tokens = Plan(max_tokens=chosen.scored_tokens), chosen.calibration_tokens
+    plan, tokens = Plan(max_tokens=arguments.scored_tokens or chosen.scored_tokens), chosen.calibration_tokens
     if arguments.quick:
         plan, tokens = replace(plan, max_tokens=512), 2048
     subject, found, runs = Subject.of(name, chosen), {}, {}

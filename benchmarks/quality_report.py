@@ -76,8 +76,9 @@ def block(result: Mapping[str, Any]) -> str:
         if every.get("texts"):
             parts.append(f"The four texts in that protocol:\n\n{across(every)}")
     took = [
-        f"{PROTOCOLS[name]} took {run['seconds'] / 60:.1f} minutes on {machine(run['environment'])}"
-        for name, run in result.get("runs", {}).items()
+        f"{said} took {run['seconds'] / 60:.1f} minutes on {machine(run['environment'])}"
+        for name, said in PROTOCOLS.items()
+        if (run := result.get("runs", {}).get(name))
     ]
     if took:
         parts.append(f"{'; '.join(took)}.")
@@ -130,9 +131,12 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 def across(result: Mapping[str, Any], names: Sequence[str] = ()) -> str:
-    """One row per policy and one column per text: by how many percent perplexity rises; work saved on the first."""
+    """One row per policy and one column per text, with its dense perplexity and windows: by how many percent perplexity
+    rises; work saved on the first."""
     texts = {result["text"]: result, **result.get("texts", {})}
-    off = [f"{TEXTS[file]} ({judged['perplexity_off']:.2f})" for file, judged in texts.items()]
+    off = [
+        f"{TEXTS[file]} ({judged['perplexity_off']:.2f}; {judged['windows']} windows)" for file, judged in texts.items()
+    ]
     lines = [f"| policy | FLOPs saved | cache slots saved | {' | '.join(off)} |", "|" + "---|" * (3 + len(off))]
     by_name = [{row["name"]: row for row in judged["table"]} for judged in texts.values()]
     for row in merged(result["table"]):

@@ -84,12 +84,12 @@ def test_a_block_has_both_protocols_and_the_time_they_took() -> None:
 
 
 def test_texts_stand_side_by_side_in_percent_of_each_ones_perplexity() -> None:
-    one = {"text": "wikitext103-test.raw.txt", "perplexity_off": 10.0, "table": ROWS}
+    one = {"text": "wikitext103-test.raw.txt", "perplexity_off": 10.0, "windows": 40, "table": ROWS}
     half = [{**entry, "perplexity_increase": entry["perplexity_increase"] / 2} for entry in ROWS]
     lines = across(
-        {**one, "texts": {"c4-sample.jsonl": {**one, "table": half}}}, ("stop", "calibrated +1")
+        {**one, "texts": {"c4-sample.jsonl": {**one, "windows": 20, "table": half}}}, ("stop", "calibrated +1")
     ).splitlines()
-    assert "WikiText-103 test (10.00) | C4 (10.00)" in lines[0]
+    assert "WikiText-103 test (10.00; 40 windows) | C4 (10.00; 20 windows)" in lines[0]
     assert lines[2].startswith("| stop | 30.0% | 25.0% | +0.2% (-0.8%, +1.2%) | +0.1%")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| stop", "| calibrated +1"]
 
