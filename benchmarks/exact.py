@@ -8,8 +8,9 @@
 
 Three small sets of prompts of this file, batch 1, greedy, 64 tokens: chat, a passage to summarise or quote, code. Every
 prompt is run plainly and with every draft in turn, until `--rounds` rounds compiled nothing: these are for the clock,
-which counts decoding alone. Where tokens differ, the gap between the two
-logits at the first difference is kept: it is rounding's where it is of the size of what a dtype resolves.
+which counts decoding alone. Before, every prompt goes with every draft `WARM` times, as in a process that has served
+for a while: `auto` compiles a program once that would have paid. Where tokens differ, the gap between the two logits at
+the first difference is kept: it is rounding's where it is of the size of what a dtype resolves.
 
 The best that follows from the cost of a pass (`benchmarks.few_rows`, an EPYC without AMX): three tokens for 1.14 steps
 of float32, five for 1.57, nine for 2.7, were every draft right: 2.6, 3.2 and 3.3 times plain decoding; in bfloat16
@@ -19,6 +20,7 @@ three, five and nine for 1.7 to 1.9 steps: 1.8, 2.9 and 4.7 times.
 import argparse
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import jax
@@ -29,7 +31,7 @@ from benchmarks.harness import environment, read_result, write_result
 from benchmarks.quality import WIKITEXT_TRAIN, documents_of
 from benchmarks.quality_report import README, fill
 from benchmarks.shapes import model_named
-from qs_jax.generation import generate
+from qs_jax.generation import GenerateOutput, generate
 from qs_jax.model import Model
 from qs_jax.models.base import forward
 
@@ -80,6 +82,7 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 TOKENS = 64
 DRAFTS = ("lookup", "auto")
+WARM = 4
 _ATTEMPTS = 6
 PASSAGE, _BATCH = 64, 8
 """Tokens of a passage that is continued, and how many go together."""
@@ -101,20 +104,21 @@ def gap(model: Model, prompt: Sequence[int], ours: Sequence[int], theirs: Sequen
     return abs(float(logits[ours[at]] - logits[theirs[at]]))
 
 
+def continued(model: Model, prompt: str, options: dict[str, Any]) -> GenerateOutput:
+    """What the model says to a prompt."""
+    return generate(model, [[{"role": "user", "content": prompt}]], max_new_tokens=TOKENS, do_sample=False, **options)
+
+
 def measured(model: Model, prompt: str, candidates: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
     """Tokens, and median tokens per second of decoding, by candidate; all take their turns.
 
     What `auto` runs depends on what it measured before, so that it may meet a program late: a round in which anything
     was compiled is run again, `_ATTEMPTS` times at most.
     """
-    chat = [{"role": "user", "content": prompt}]
     first: dict[str, Any] = {}
     kept: list[dict[str, Any]] = []
     for _ in range(rounds + _ATTEMPTS):
-        outputs = {
-            name: generate(model, [chat], max_new_tokens=TOKENS, do_sample=False, **options)
-            for name, options in candidates.items()
-        }
+        outputs = {name: continued(model, prompt, options) for name, options in candidates.items()}
         first = first or outputs
         if not any(output.timing["compile_s"] for output in outputs.values()):
             kept.append(outputs)
@@ -210,6 +214,9 @@ def main() -> None:
         model = model_named(asked.model, asked.dtype)
         candidates = {"plain": {}, **{name: {"exact": True, "draft": name} for name in asked.draft or DRAFTS}}
         sets: dict[str, list[dict[str, Any]]] = {}
+        for prompt in WARM * (not asked.quick) * list(chain(*SETS.values())):
+            for options in filter(None, candidates.values()):
+                continued(model, prompt, options)
         for name, prompts in SETS.items():
             for prompt in prompts[:1] if asked.quick else prompts:
                 row = judged(model, measured(model, prompt, candidates, asked.rounds), prompt)

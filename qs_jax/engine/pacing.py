@@ -215,7 +215,7 @@ class Drafts:
             replays = [self._replays[row][place] for row in live]
             tokens, rounds = sum(r.tokens for r in replays), sum(r.rounds for r in replays)
             per_token = self._expected(count, shape, step) * rounds / max(tokens, 1.0)
-            if tokens and per_token < least and self._compiles(count, shape, per_token):
+            if tokens and self._compiles(count, shape, per_token) and per_token < least:
                 best, least = count, per_token
         for row in live:
             for replay in self._replays[row]:
