@@ -79,7 +79,7 @@ def test_equal_products_with_large_kernels_are_in_a_program_once() -> None:
     assert "inlineable" not in elsewhere
 
 
-@pytest.mark.parametrize("policy", ["balanced", "paper"])
+@pytest.mark.parametrize("policy", ["balanced", pytest.param("paper", marks=pytest.mark.slow)])
 def test_products_may_stand_wherever_a_policy_puts_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In spans that are skipped, on gathered rows, at several precisions: streamed kernels give what others give."""
     model, tokens = quantised(tiny_model("llama", 3)), []
