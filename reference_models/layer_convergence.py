@@ -83,7 +83,9 @@ def layer_statistics(network: CausalLM, tokens: Int[Array, "1 window"]) -> Stats
 def study(model: Model) -> dict[str, Any]:
     """Means over the held-out slices together, one row per layer."""
     gathered: list[dict[str, np.ndarray]] = []
-    plan = Plan(prefix=0, window=WINDOW, max_tokens=TOKENS_PER_SLICE, batch=1)
+    # a window follows the token that starts a text
+    window = min(WINDOW, model.config.max_position_embeddings - 1)
+    plan = Plan(prefix=0, window=window, max_tokens=TOKENS_PER_SLICE, batch=1)
     for piece in held_out.slices():
         for window in cut(model, piece.documents, plan):
             statistics = layer_statistics(model.network, jnp.asarray([window.scored], jnp.int32))

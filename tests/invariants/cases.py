@@ -214,6 +214,7 @@ def observed(case: Case) -> dict[str, np.ndarray]:
 
 def policies(case: Case, given: Mapping[str, float] | None = None) -> st.SearchStrategy[Policy]:
     """The case's policy with thresholds from off to always, and all between; some may be given."""
+    observed(case)  # not within a draw: checks of types look at random members of lists, which Hypothesis refuses there
     share = st.one_of(st.just(0.0), st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.just(1.0))
 
     def build(shares: tuple[float, ...]) -> Policy:
