@@ -26,6 +26,8 @@ Outcome, after 3.3 and 2.8 million tokens: 54 % and 62 %, and a lens that falls 
 
 Prediction for SmolLM2, trained on two trillion tokens: nothing settles before two thirds of its 30 layers, the logit
 lens reads hundreds until the last five, and the oracle runs more than 80 %.
+Outcome: 88 %; a tenth has settled at two thirds. The lens reads not hundreds but billions, and thousands three layers
+before the end.
 """
 
 import argparse
