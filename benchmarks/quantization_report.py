@@ -69,7 +69,8 @@ _REAL_FOUND = """
 """
 
 _REQUESTS = """
-A request of 512 + 64 tokens with nothing compiled before, batch 1:
+A request of 512 + 64 tokens with nothing compiled before, batch 1. Times here, and the steps in codes further down, are
+from before codes of small kernels were streamed; [speed.md](speed.md) has a step of this model since:
 
 """
 

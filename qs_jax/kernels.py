@@ -128,7 +128,7 @@ Coded = NestedKernel | TwofoldKernel
 
 def as_kernel(stored: Float[Array, "outputs inputs"] | Coded) -> Kernel:
     """What a parameter holds, as a kernel: the one place that tells dense weights from codes."""
-    return stored if isinstance(stored, NestedKernel | TwofoldKernel) else DenseKernel(stored)
+    return stored if isinstance(stored, Coded) else DenseKernel(stored)
 
 
 def _multiply(x: Float[Array, "rows inputs"], weights: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
@@ -166,11 +166,11 @@ def is_nested(leaf: object) -> TypeGuard[NestedKernel]:
 
 def _is_coded(leaf: object) -> TypeGuard[Coded]:
     """Keeps kernels whole where a module is taken apart."""
-    return isinstance(leaf, NestedKernel | TwofoldKernel)
+    return isinstance(leaf, Coded)
 
 
-def weights(module: nnx.Module) -> list[Array | Coded]:
-    """Every weight of a module, kernels with codes whole."""
+def weights(module: object) -> list[Array | Coded]:
+    """Every weight of a module or kernel, kernels with codes whole."""
     return jax.tree.leaves(module, is_leaf=_is_coded)
 
 
@@ -198,8 +198,9 @@ def most_bits(module: nnx.Module) -> int:
     return FULL if any(map(is_nested, leaves)) else max(8 * leaf.dtype.itemsize for leaf in leaves)
 
 
-def plane_bytes(module: nnx.Module, bits: int | None) -> int:
-    """Bytes of weights that a pass over the module reads at `bits`: planes, their scales and offsets, dense leaves.
+def plane_bytes(module: object, bits: int | None) -> int:
+    """Bytes of weights that a pass over a module, or one kernel, reads at `bits`: planes, their scales and offsets,
+    dense leaves.
 
     None for the module as it stands, so that of kernels with dense weights and codes it is the dense ones.
     """

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from flax import nnx
 
 from qs_jax.choices import BITS
-from qs_jax.kernels import Kernel, most_bits, plane_bytes, weights
+from qs_jax.kernels import most_bits, plane_bytes, weights
 from qs_jax.models.base import Block, CausalLM
 
 ENTROPY_FLOPS = 6
@@ -75,7 +75,7 @@ class Costs:
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             head_flops=2 * head.size,
-            head_bytes={bits: _head_bytes(head, at) for bits, at in _asked(most).items()},
+            head_bytes={bits: plane_bytes(head, at) for bits, at in _asked(most).items()},
             shortcut_flops=_flops(model.shortcuts[0]) if model.shortcuts else 0,
             shortcut_bytes=plane_bytes(model.shortcuts[0], None) if model.shortcuts else 0,
             slot_bytes=2 * config.num_key_value_heads * config.head_dim * itemsize,
@@ -103,10 +103,6 @@ _COSTS: WeakKeyDictionary[CausalLM, Costs] = WeakKeyDictionary()
 def _asked(most: int) -> dict[int, int | None]:
     """By bits, what to ask of weights; None for weights as they stand."""
     return {most: None, **{bits: bits for bits in BITS}}
-
-
-def _head_bytes(head: Kernel, bits: int | None) -> int:
-    return (head if bits is None else head.at(bits)).nbytes
 
 
 def _flops(module: nnx.Module) -> int:
