@@ -33,10 +33,10 @@ demo: $(VENV)/package ## convert a model and generate from it; MODEL=smollm2: a 
 	@$(BIN)/python -m reference_models.demo $(MODEL)
 
 test: $(VENV)/dev ## the quick tests, a few minutes on two cores
-	@$(MONITORED) $(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS) --dist loadgroup $(COVERED)
+	@$(MONITORED) $(BIN)/python -m pytest -m 'not slow and not parity' -n $(WORKERS) --dist loadfile $(COVERED)
 
 test-slow: $(VENV)/dev ## the tests that take minutes
-	@$(BIN)/python -m pytest -m 'slow and not parity' -n $(WORKERS) --dist loadgroup
+	@$(BIN)/python -m pytest -m 'slow and not parity' -n $(WORKERS) --dist loadfile
 
 test-parity: $(VENV)/parity ## live comparison with Hugging Face transformers on torch
 	@$(BIN)/python -m pytest -m parity

@@ -1,5 +1,6 @@
 """Shared by all tests: strict numerics, checked shapes, a cache of compiled programs, and where the real data lies."""
 
+import gc
 import os
 import signal
 from importlib.metadata import version
@@ -23,6 +24,9 @@ if version("jax").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# tracing makes many objects that stay: looking through all of them as often as Python would takes a seventh of the time
+gc.set_threshold(200_000, 20, 100)
 
 # not shrunk: a smaller policy is another program to compile, and the case as found says enough
 settings.register_profile("tests", deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))

@@ -172,15 +172,10 @@ QUICK = (GPT2_FROZEN, GPT2_ZERO, LLAMA_DROP, LLAMA_AFFINE)
 THE_REST = (GPT2_DROP, LLAMA_FROZEN, GPT2_AFFINE, LLAMA_ZERO, GPT2_SHALLOW, LLAMA_LADDER)
 
 
-def on(network: str) -> pytest.MarkDecorator:
-    """Tests of one network go to one worker, so that each program is compiled once."""
-    return pytest.mark.xdist_group(network)
-
-
 def each(cases: Sequence[Case], slow: Sequence[Case] = ()) -> pytest.MarkDecorator:
     """One test per case, those in `slow` marked so."""
-    params = [pytest.param(case, id=str(case), marks=on(case.network)) for case in cases]
-    params += [pytest.param(case, id=str(case), marks=(on(case.network), pytest.mark.slow)) for case in slow]
+    params = [pytest.param(case, id=str(case)) for case in cases]
+    params += [pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in slow]
     return pytest.mark.parametrize("case", params)
 
 

@@ -15,7 +15,6 @@ from tests.invariants.cases import (
     Case,
     each,
     halfway,
-    on,
 )
 from tests.invariants.running import Run, run
 from tests.tiny import LENS_RANK, tiny_model
@@ -62,7 +61,7 @@ def step_flops(case: Case, costs: Costs, ran: int, capacity: int) -> int:
     return total + sum(signal_flops(case, decode, lens=after <= ran) for after in DECODE_LAYERS)
 
 
-@each((*QUICK, GPT2_NARROW), slow=(LLAMA_NARROW,))
+@each(QUICK, slow=(GPT2_NARROW, LLAMA_NARROW))
 def test_a_lone_row_costs_what_its_trace_says(case: Case) -> None:
     """Everything that was decided is in the trace; what it costs is counted anew from there."""
     prompt, tokens, capacity = np.random.default_rng(8).integers(12, 97, 16).tolist(), 7, 64
@@ -79,7 +78,6 @@ def test_a_lone_row_costs_what_its_trace_says(case: Case) -> None:
     assert min(ran) < LAYERS
 
 
-@on("llama")
 def test_a_prompt_that_stops_one_layer_early_saves_nothing() -> None:
     """It is what the dense model does; two layers early saves one."""
     model, prompt = tiny_model("llama", LAYERS), np.random.default_rng(9).integers(12, 97, 128).tolist()

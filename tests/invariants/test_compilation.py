@@ -64,16 +64,11 @@ SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive, "exact": 
 
 
 def each_scenario(slow: tuple[str, ...]) -> list[Any]:
-    """Those of a model go to one worker, so that each is run once."""
     return [
-        pytest.param(name, scenario, marks=(_on(name), *([pytest.mark.slow] if f"{name} {scenario}" in slow else [])))
+        pytest.param(name, scenario, marks=[pytest.mark.slow] if f"{name} {scenario}" in slow else [])
         for name in ("gpt2", "llama")
         for scenario in SCENARIOS
     ]
-
-
-def _on(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.xdist_group(f"programs of {name}")
 
 
 @cache
@@ -100,7 +95,6 @@ def test_every_program_lowers(name: str, scenario: str, platform: str) -> None:
         assert "func.func public @main" in call.lower(platform).as_text(), call.name
 
 
-@_on("llama")
 def test_no_program_is_left_out() -> None:
     """Whatever is jitted in the package is run by one of the scenarios above, but for what studies and fits run, and
     what is only traced within other programs."""

@@ -38,7 +38,6 @@ from tests.invariants.cases import (
     Case,
     each,
     halfway,
-    on,
 )
 from tests.invariants.rounds import CLOSE, COUNT, Scripted, assert_same, run, script
 from tests.invariants.running import SPECIAL_IDS, imagine_rounds, step_arguments
@@ -48,7 +47,7 @@ from tests.tiny import CONFIGS, PROMPTS, SAMPLING, quantised, tiny_model, with_r
 TOKENS = 14
 _random = np.random.default_rng(8)
 ROWS = [_random.integers(12, 97, length).tolist() for length in (16, 5, 11, 1)]
-NAMES = [pytest.param(name, marks=on(name)) for name in ("gpt2", "llama")]
+NAMES = ("gpt2", "llama")
 
 
 def rounds_of(text: Sequence[int], drafts: Sequence[int], count: int) -> list[int]:
@@ -87,7 +86,6 @@ def test_text_is_plain_whatever_is_drafted(name: str, sampling: Sampling, data: 
         assert exact.accepted[row] == rounds_of(plain.tokens[row], drafts[row, len(prompt) :].tolist(), COUNT)
 
 
-@on("llama")
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_draft_that_is_always_right_and_one_that_never_is(sampling: Sampling) -> None:
     model = tiny_model("llama")
@@ -102,7 +100,6 @@ def test_a_draft_that_is_always_right_and_one_that_never_is(sampling: Sampling) 
     assert (oracle.session.decode_steps, liar.session.decode_steps) == (4, TOKENS - 1)
 
 
-@on("llama")
 def test_rows_that_are_done_are_dropped() -> None:
     """Once three of four rows have ended the device goes on with fewer, at the last one's own pace."""
     model, tokens = tiny_model("llama"), 60
@@ -148,7 +145,6 @@ def test_a_policy_drafts(case: Case) -> None:
     assert 0 < sum(map(sum, drafts.accepted)) <= sum(map(sum, drafts.drafted))
 
 
-@on("llama")
 def test_the_policy_that_is_off_drafts_the_text_itself() -> None:
     """But for rounding, which turned none of these tokens: drafts see all that the dense model sees."""
     model = tiny_model("llama")
@@ -173,7 +169,6 @@ def calls(model: Model, **options: Any) -> list[Any]:
     ],
     ids=str,
 )
-@on("llama")
 def test_codes_draft_for_codes(draft: str | tuple[str, ...]) -> None:
     plain, exact = calls(quantised(tiny_model("llama")), draft=draft)
     assert exact.tokens == plain.tokens
@@ -181,7 +176,9 @@ def test_codes_draft_for_codes(draft: str | tuple[str, ...]) -> None:
     assert exact.timing["accepted"] > 0
 
 
-@pytest.mark.parametrize("sampled", [{}, SAMPLING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampled", [pytest.param({}, id="greedy"), pytest.param(SAMPLING, id="sampled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("draft", ["bits:8", "bits:4", ("lookup", "bits:4")], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_draft_for_the_dense_weights_beside_them(
@@ -198,7 +195,6 @@ def test_codes_draft_for_the_dense_weights_beside_them(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@on("llama")
 def test_drafts_read_the_bytes_of_codes_and_passes_those_of_dense_weights(bits: int) -> None:
     """Counted by hand: what remains of the run without drafts are passes over dense weights."""
     plain, codes = tiny_model("llama"), quantised(tiny_model("llama"))
@@ -213,7 +209,6 @@ def test_drafts_read_the_bytes_of_codes_and_passes_those_of_dense_weights(bits: 
     assert ledger.twin == alone.twin
 
 
-@on("llama")
 def test_several_sequences_of_a_prompt() -> None:
     """With top-k, top-p and a penalty: each draws its own tokens, and the same as without drafts."""
     plain, exact = calls(tiny_model("llama"), draft="lookup", num_return_sequences=2, **SAMPLING)
@@ -221,7 +216,6 @@ def test_several_sequences_of_a_prompt() -> None:
     assert len({tuple(tokens) for tokens in exact.tokens}) == 2 * len(PROMPTS)
 
 
-@on("llama")
 def test_stop_strings_and_streaming() -> None:
     """A text that stops within a round stops there, and its pieces join to it."""
     model, prompt = tiny_model("llama", tokenizer=True), "once upon a time"
@@ -253,7 +247,6 @@ def test_rounds_are_the_oracle_s(name: str) -> None:
     assert 0 < sum(accepted) < 39
 
 
-@on("gpt2")
 def test_another_text_and_other_numbers_compile_nothing() -> None:
     model = with_random_lens(tiny_model("gpt2", 4))
 
@@ -269,7 +262,6 @@ def test_another_text_and_other_numbers_compile_nothing() -> None:
     assert METER.since(before).programs == 0
 
 
-@on("llama")
 def test_an_interrupt_between_rounds_leaves_nothing_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     plain = run(model, ROWS, TOKENS)
@@ -284,7 +276,6 @@ def test_an_interrupt_between_rounds_leaves_nothing_broken(monkeypatch: pytest.M
     assert_same(run(model, ROWS, TOKENS, Lookup()), plain)
 
 
-@on("llama")
 def test_the_ledger_counts_passes_and_drafts_beside_the_twin() -> None:
     """The twin is the plain request; a pass costs by its tokens, kept or not, and reads the weights once."""
     model, row = tiny_model("llama"), ROWS[:1]
@@ -305,7 +296,6 @@ def test_the_ledger_counts_passes_and_drafts_beside_the_twin() -> None:
     assert drafted.draft_bytes == 10 * plain.costs.step_bytes()
 
 
-@on("llama")
 def test_the_ledger_of_a_pass_is_xla_s_own_count() -> None:
     """Within 2 % on a model wide enough: a round whose drafts cost nothing."""
     config = parse_config({**CONFIGS["llama"], **WIDER["llama"]}, "test")
@@ -324,7 +314,6 @@ def test_the_ledger_of_a_pass_is_xla_s_own_count() -> None:
     assert counted == pytest.approx(expected, rel=0.02)
 
 
-@on("llama")
 def test_tokens_that_end_a_text_are_known_in_the_middle_of_a_round() -> None:
     """A right draft behind the end is no token of the text."""
     model = tiny_model("llama")

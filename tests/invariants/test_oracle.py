@@ -23,7 +23,6 @@ from tests.invariants.cases import (
     any_case,
     each,
     halfway,
-    on,
     policies,
     prompts,
     with_thresholds,
@@ -112,7 +111,6 @@ def test_prompts_really_shrink(case: Case) -> None:
     assert_same_slots(engine, oracle, CHUNK)
 
 
-@on("gpt2")
 def test_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later pieces see the slots of earlier ones; fusion stays within a piece."""
     case, prompt = GPT2_FROZEN, np.random.default_rng(6).integers(12, 97, 40).tolist()
@@ -125,7 +123,6 @@ def test_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_slots(engine, oracle, CHUNK)
 
 
-@on("stories260K")
 def test_a_trained_model(data_dir: Path) -> None:
     """Halting, dropped slots and fusion on stories260K, whose hidden states are not random."""
     folder = data_dir / "models" / "stories260K"

@@ -27,7 +27,6 @@ from tests.invariants.cases import (
     Case,
     each,
     halfway,
-    on,
 )
 from tests.invariants.running import run, step_arguments
 from tests.tiny import tiny_model
@@ -66,7 +65,7 @@ def lower_everywhere(model: Any, policy: Policy, expected: set[str]) -> None:
             program.lower(lowering_platforms=(platform,))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=on(name)) for name in ("gpt2", "llama")])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_dense_programs_lower_for_every_platform(name: str) -> None:
     lower_everywhere(tiny_model(name, LAYERS), Policy.off(), {"run_stage", "begin", "decode_chunk"})
 
@@ -77,7 +76,7 @@ def test_adaptive_programs_lower_for_every_platform(case: Case) -> None:
     lower_everywhere(case.model, halfway(case), names)
 
 
-@each((*QUICK, GPT2_NARROW), slow=(LLAMA_NARROW,))
+@each(QUICK, slow=(GPT2_NARROW, LLAMA_NARROW))
 def test_thresholds_compile_nothing(case: Case) -> None:
     """As long as the tokens that go on fit the same buckets, which is asserted."""
 
@@ -102,7 +101,6 @@ def conditionals(jaxpr: Any) -> int:
     return count
 
 
-@on("gpt2")
 def test_a_dense_step_holds_no_conditional() -> None:
     """And the chunk, which runs that very step, only the one that ends it early."""
     counts = []

@@ -311,6 +311,7 @@ def test_a_folder_with_safetensors_is_read_as_before(tmp_path: Path) -> None:
     assert_same_weights(folder, tensors_of("llama"))
 
 
+@pytest.mark.slow
 def test_quantised_from_a_file(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf")
     (tmp_path / "t.txt").write_text("Hi, you there! " * 60)

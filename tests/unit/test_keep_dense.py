@@ -27,7 +27,7 @@ CODES = {"quantize": "matryoshka", "group_size": 16}
 BLOCKS = {"exclude": "^embedding|^lm_head"}
 SLOW = pytest.mark.slow
 PAIRED = [
-    pytest.param("gpt2", {}, id="tied, head in codes"),
+    pytest.param("gpt2", {}, id="tied, head in codes", marks=SLOW),
     pytest.param("gpt2", BLOCKS, id="tied, head dense", marks=SLOW),
     pytest.param("llama", {}, id="untied, head in codes", marks=SLOW),
     pytest.param("llama", BLOCKS, id="untied, head dense"),
@@ -120,6 +120,7 @@ def test_policies_of_the_dense_weights_go_with_them(folders: dict[str, Path]) ->
     assert held == {"hf": True, "dense": True, "codes": False, "both": True}
 
 
+@pytest.mark.slow
 def test_dense_weights_are_verified_strictly_and_codes_roughly(tmp_path: Path, folders: dict[str, Path]) -> None:
     status, out, _ = run(
         folders["hf"], tmp_path / "out", "--quantize", "matryoshka", "--keep-dense", "--verify", "--json"
@@ -195,6 +196,7 @@ def test_a_manifest_that_says_otherwise_is_one_line(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_an_evaluation_at_fewer_bits_compares_codes_with_the_dense_weights(folders: dict[str, Path]) -> None:
     text = ["once upon a time there was a model, and it was small. " * 4]
     windows: dict[str, Any] = {"prefix": 16, "window": 16, "max_tokens": 64}

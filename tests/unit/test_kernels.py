@@ -79,7 +79,8 @@ def test_equal_products_with_large_kernels_are_in_a_program_once() -> None:
     assert "inlineable" not in elsewhere
 
 
-@pytest.mark.parametrize("policy", ["balanced", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["balanced", "paper"])
 def test_products_may_stand_wherever_a_policy_puts_them(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In spans that are skipped, on gathered rows, at several precisions: streamed kernels give what others give."""
     model, tokens = quantised(tiny_model("llama", 3)), []
@@ -122,7 +123,7 @@ def test_a_pinned_kernel_is_always_read_at_eight_bits() -> None:
     assert kernel.at(2).nbytes == kernel.nbytes
 
 
-@pytest.fixture(params=("gpt2", "llama"), scope="module")
+@pytest.fixture(params=(pytest.param("gpt2", marks=pytest.mark.slow), "llama"), scope="module")
 def model(request: pytest.FixtureRequest) -> Model:
     return quantised(tiny_model(request.param))
 
