@@ -2,15 +2,18 @@
 
     python -m benchmarks.exact                     # SmolLM2, float32; adds to benchmarks/results/exact.json and README
     python -m benchmarks.exact --dtype bfloat16    # the same in bfloat16
+    python -m benchmarks.exact --batch 4           # the prompts of a set together
+    python -m benchmarks.exact --peers             # beside transformers' and llama.cpp's lookup, where installed
     python -m benchmarks.exact --quick             # a prompt of each set, nothing written
     python -m benchmarks.exact --same 200          # only whether tokens are the same, of 200 passages; and --sample
-    python -m benchmarks.exact --report            # README's table from the stored result
+    python -m benchmarks.exact --report            # the tables of README and docs/method.md from the stored result
 
-Three small sets of prompts of this file, batch 1, greedy, 64 tokens: chat, a passage to summarise or quote, code. Every
+Three small sets of prompts of this file, greedy, 64 tokens: chat, a passage to summarise or quote, code. Every
 prompt is run plainly and with every draft in turn, until `--rounds` rounds compiled nothing: these are for the clock,
-which counts decoding alone. Before, every prompt goes with every draft `WARM` times, as in a process that has served
-for a while: `auto` compiles a program once that would have paid. Where tokens differ, the gap between the two logits at
-the first difference is kept: it is rounding's where it is of the size of what a dtype resolves.
+which counts decoding alone, and prompts as well where whole requests are meant. Before, every prompt goes with every
+draft `WARM` times, as in a process that has served for a while: `auto` compiles a program once that would have paid.
+Where tokens differ, the gap between the two logits at the first difference is kept: it is rounding's where it is of the
+size of what a dtype resolves.
 
 The best that follows from the cost of a pass (`benchmarks.few_rows`, an EPYC without AMX): three tokens for 1.14 steps
 of float32, five for 1.57, nine for 2.7, were every draft right: 2.6, 3.2 and 3.3 times plain decoding; in bfloat16
@@ -18,20 +21,27 @@ three, five and nine for 1.7 to 1.9 steps: 1.8, 2.9 and 4.7 times.
 """
 
 import argparse
+import importlib.util
 import statistics
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import real_model
+from benchmarks.gguf_peers import in_format, llama_cpp_peer
 from benchmarks.harness import environment, read_result, write_result
+from benchmarks.peers import Generate, transformers_peer
 from benchmarks.quality import WIKITEXT_TRAIN, documents_of
 from benchmarks.quality_report import README, fill
 from benchmarks.shapes import model_named
-from qs_jax.generation import GenerateOutput, generate
+from qs_jax.generation import generate
 from qs_jax.model import Model
 from qs_jax.models.base import forward
 
@@ -82,6 +92,10 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 TOKENS = 64
 DRAFTS = ("lookup", "auto")
+PEERS_LOOK_UP = 8
+"""Drafts a round of peers that look up, as of ours at most."""
+
+METHOD = Path(__file__).parents[1] / "docs" / "method.md"
 WARM = 4
 _ATTEMPTS = 6
 PASSAGE, _BATCH = 64, 8
@@ -104,51 +118,115 @@ def gap(model: Model, prompt: Sequence[int], ours: Sequence[int], theirs: Sequen
     return abs(float(logits[ours[at]] - logits[theirs[at]]))
 
 
-def continued(model: Model, prompt: str, options: dict[str, Any]) -> GenerateOutput:
-    """What the model says to a prompt."""
-    return generate(model, [[{"role": "user", "content": prompt}]], max_new_tokens=TOKENS, do_sample=False, **options)
+class Ran(NamedTuple):
+    """What a request made and took: seconds after each row's first token, and of all of it; whether some of that was
+    compiling; passes of the dense model, and how many of them were plain steps."""
+
+    tokens: list[list[int]]
+    decode_s: float
+    whole_s: float
+    compiled: bool = False
+    passes: int = 0
+    plain_steps: int = 0
 
 
-def measured(model: Model, prompt: str, candidates: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Tokens, and median tokens per second of decoding, by candidate; all take their turns.
+Candidate = Callable[[Sequence[str], Sequence[int]], Ran]
+"""Prompts and how many tokens plain decoding made of each -> what came of them."""
+
+
+def ours(model: Model, options: dict[str, Any]) -> Candidate:
+    """What the model says to prompts."""
+
+    def run(prompts: Sequence[str], _: Sequence[int] = ()) -> Ran:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        output = generate(model, chats, max_new_tokens=TOKENS, do_sample=False, **options)
+        timing = output.timing
+        whole = timing["prefill_s"] + timing["decode_s"]
+        compiled, passes = bool(timing["compile_s"]), int(timing["decode_steps"])
+        return Ran(output.tokens, timing["decode_s"], whole, compiled, passes, int(timing.get("fallback", passes)))
+
+    return run
+
+
+def theirs(model: Model, peer: Generate) -> Candidate:
+    """A peer's tokens, as many as plain decoding made; decoding is what they take beyond the first one."""
+
+    def run(prompts: Sequence[str], lengths: Sequence[int]) -> Ran:
+        (prompt,), (length,) = prompts, lengths
+        ids, times = [ids_of(model, prompt)], [time.perf_counter()]
+        for count in (1, length):
+            tokens = peer(ids, count)
+            times.append(time.perf_counter())
+        whole = times[2] - times[1]
+        return Ran(tokens, whole - (times[1] - times[0]), whole)
+
+    return run
+
+
+def peers(model: Model, work: Path) -> dict[str, Candidate]:
+    """Peers that look up, and the same without, each where it is installed."""
+    source, threads = real_model.place(real_model.NAME), environment()["cores"]
+    found: dict[str, Candidate] = {}
+    if importlib.util.find_spec("torch"):
+        found["transformers float32"] = theirs(model, transformers_peer(source, "float32", threads))
+        looking = transformers_peer(source, "float32", threads, lookup=PEERS_LOOK_UP)
+        found["transformers float32, lookup"] = theirs(model, looking)
+    if importlib.util.find_spec("xllamacpp"):
+        file = in_format(real_model.gguf_file(), work, "F16")
+        found["llama.cpp F16"] = theirs(model, llama_cpp_peer(file, threads))
+        found["llama.cpp F16, lookup"] = theirs(model, llama_cpp_peer(file, threads, lookup=PEERS_LOOK_UP))
+    return found
+
+
+def measured(prompts: Sequence[str], candidates: dict[str, Candidate], rounds: int) -> dict[str, dict[str, Any]]:
+    """By candidate: what it made first, and medians of what it took; all take their turns.
 
     What `auto` runs depends on what it measured before, so that it may meet a program late: a round in which anything
     was compiled is run again, `_ATTEMPTS` times at most.
     """
-    first: dict[str, Any] = {}
-    kept: list[dict[str, Any]] = []
+    lengths = [len(tokens) for tokens in candidates["plain"](prompts, ()).tokens]
+    kept: list[dict[str, Ran]] = []
     for _ in range(rounds + _ATTEMPTS):
-        outputs = {name: continued(model, prompt, options) for name, options in candidates.items()}
-        first = first or outputs
-        if not any(output.timing["compile_s"] for output in outputs.values()):
-            kept.append(outputs)
+        ran = {name: run(prompts, lengths) for name, run in candidates.items()}
+        if not any(one.compiled for one in ran.values()):
+            kept.append(ran)
         if len(kept) == rounds:
             break
     else:
-        raise AssertionError(f"{prompt[:40]!r}: programs are still compiled after {rounds + _ATTEMPTS} rounds")
+        raise AssertionError(f"{prompts[0][:40]!r}: programs are still compiled after {rounds + _ATTEMPTS} rounds")
+    made = sum(lengths)
     return {
         name: {
-            "tokens": first[name].tokens[0],
-            "speed": statistics.median((o[name].lengths[0] - 1) / o[name].timing["decode_s"] for o in kept),
-            "timing": kept[-1][name].timing,
+            "last": kept[-1][name],
+            "speed": statistics.median((made - len(prompts)) / one[name].decode_s for one in kept),
+            "whole": statistics.median(made / one[name].whole_s for one in kept),
         }
         for name in candidates
     }
 
 
-def judged(model: Model, results: dict[str, dict[str, Any]], prompt: str) -> dict[str, Any]:
-    """Of one prompt: every draft's speed over plain decoding's, its tokens a pass, and where it parts from plain."""
-    plain = results["plain"]
-    row: dict[str, Any] = {"prompt": prompt[:40], "tokens": len(plain["tokens"]), "plain": plain["speed"], "drafts": {}}
-    for name, ours in results.items():
-        if name != "plain":
-            parted = ours["tokens"] != plain["tokens"]
-            row["drafts"][name] = {
-                "ratio": ours["speed"] / plain["speed"],
-                "tokens_per_pass": (len(ours["tokens"]) - 1) / max(ours["timing"]["decode_steps"], 1),
-                "plain_steps": ours["timing"]["fallback"],
-                "gap": gap(model, ids_of(model, prompt), ours["tokens"], plain["tokens"]) if parted else None,
-            }
+def judged(model: Model, results: dict[str, dict[str, Any]], prompts: Sequence[str]) -> dict[str, Any]:
+    """Every draft's speed over that of the same side's plain decoding, and where our tokens part from plain ones."""
+    plain: Ran = results["plain"]["last"]
+    made = sum(map(len, plain.tokens))
+    row: dict[str, Any] = {"prompt": prompts[0][:40], "tokens": made, "plain": results["plain"]["speed"], "drafts": {}}
+    for name, found in results.items():
+        if f"{name}, lookup" in results:  # a peer that decodes plainly
+            row.setdefault("peers", {})[name] = found["speed"]
+        if name == "plain" or f"{name}, lookup" in results:
+            continue
+        own = results[name.partition(",")[0] if "," in name else "plain"]
+        ran: Ran = found["last"]
+        texts = zip(prompts, ran.tokens, plain.tokens, strict=True)
+        gaps = [gap(model, ids_of(model, p), a, b) for p, a, b in texts if a != b and "," not in name]
+        row["drafts"][name] = {
+            "ratio": found["speed"] / own["speed"],
+            "whole": found["whole"] / own["whole"],
+            "speed": found["speed"],
+            **({"tokens_per_pass": (made - len(prompts)) / ran.passes} if ran.passes else {}),
+            "plain_steps": ran.plain_steps,
+            "gaps": gaps,
+        }
     return row
 
 
@@ -173,62 +251,110 @@ def same(model: Model, count: int, **sampling: Any) -> dict[str, Any]:
     return {"prompts": count, "identical": count - len(gaps), "gaps": gaps, "date": environment()["date"]}
 
 
+def of_sets(found: dict[str, Any], draft: str, value: str) -> list[list[Any]]:
+    """One value of every row of a draft, by set."""
+    return [[row["drafts"][draft][value] for row in found["sets"].get(name, [])] for name in SETS]
+
+
 def table(runs: dict[str, Any]) -> str:
-    """Mean speed over plain decoding's of every draft on every set, the least of a prompt in brackets."""
-    names = list(SETS)
-    lines = [f"| | {' | '.join(names)} | other text than plain |", "|" + "---|" * (len(names) + 2)]
+    """Mean speed over plain decoding's of our own drafts on every set, the least of a prompt in brackets."""
+    lines = [f"| | {' | '.join(SETS)} | other text than plain |", "|" + "---|" * (len(SETS) + 2)]
     for run, found in runs.items():
-        drafts = next(iter(found["sets"].values()))[0]["drafts"]
-        for draft in drafts:
-            rows = {name: [row["drafts"][draft] for row in found["sets"].get(name, [])] for name in names}
-            ratios = [[row["ratio"] for row in part] for part in rows.values()]
+        for draft in filter(lambda name: "," not in name, drafts_of(found)):
+            ratios = of_sets(found, draft, "ratio")
             cells = [f"{statistics.mean(part):.2f} ({min(part):.2f})" if part else "–" for part in ratios]
-            gaps = [row["gap"] for part in rows.values() for row in part if row["gap"] is not None]
-            parted = f"{len(gaps)} of {sum(map(len, rows.values()))}" + (f", {max(gaps):.2g} apart" if gaps else "")
+            gaps: list[float] = list(chain(*chain(*of_sets(found, draft, "gaps"))))
+            rows = found["batch"] * sum(map(len, ratios))
+            parted = f"{len(gaps)} of {rows}" + (f", {max(gaps):.2g} apart" if gaps else "")
             lines.append(f"| {run}, `{draft}` | {' | '.join(cells)} | {parted} |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def short(runs: dict[str, Any]) -> str:
+    """README's first word on it: what `auto` brings in the first run."""
+    name, found = next(iter(runs.items()))
+    gains = (statistics.mean(part) for part in of_sets(found, "auto", "ratio"))
+    said = ", ".join(f"{gain:.2f} times on {of}" for gain, of in zip(gains, SETS, strict=True))
+    return (
+        f"**The same text in less time**: `--exact` decodes {said}\n({name}; "
+        "[below](#the-same-text-in-less-time)). What is saved at a cost in quality comes after."
+    )
+
+
+def details(runs: dict[str, Any]) -> str:
+    """Of every draft and of peers' lookup: tokens per second of the same side's plain decoding, and by how much drafts
+    raise them, of decoding and of whole requests."""
+    lines = [f"| | plain, tokens/s | {' | '.join(SETS)} |", "|" + "---|" * (len(SETS) + 2)]
+    for run, found in runs.items():
+        for draft in drafts_of(found):
+            decoding, whole = (of_sets(found, draft, value) for value in ("ratio", "whole"))
+            pairs = zip(decoding, whole, strict=True)
+            cells = [f"{statistics.mean(a):.2f}, {statistics.mean(b):.2f}" if a else "–" for a, b in pairs]
+            side = draft.partition(",")[0] if "," in draft else ""
+            rows: list[dict[str, Any]] = list(chain(*found["sets"].values()))
+            plain = statistics.mean(row["peers"][side] if side else row["plain"] for row in rows)
+            lines.append(f"| {run}, {draft if side else f'`{draft}`'} | {plain:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def drafts_of(found: dict[str, Any]) -> list[str]:
+    return list(next(iter(found["sets"].values()))[0]["drafts"])
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--draft", action="append", help="repeat for several; not a cascade")
+    parser.add_argument("--batch", type=int, default=1, choices=(1, 2, 4), help="prompts of a set that go together")
+    parser.add_argument("--peers", action="store_true", help="with transformers' and llama.cpp's lookup; batch 1")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one prompt of each set, nothing written")
-    parser.add_argument("--report", action="store_true", help="README's table from the stored result, run nothing")
+    parser.add_argument("--report", action="store_true", help="the tables from the stored result, run nothing")
     parser.add_argument("--same", type=int, metavar="N", help="only compare tokens, of N continuations of WikiText")
     parser.add_argument("--sample", action="store_true", help="with --same: drawn at temperature 0.8")
-    asked = parser.parse_args()
-    stored = read_result("exact")
-    runs, compared = stored.get("runs", {}), stored.get("same", {})
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qs_jax-peers", help="for peers")
+    return parser.parse_args()
+
+
+def compared(asked: argparse.Namespace) -> dict[str, Any]:
+    """Every set by every candidate."""
+    model, sets = model_named(asked.model, asked.dtype), {}
+    candidates = {"plain": ours(model, {})}
+    drafts = {name: ours(model, {"exact": True, "draft": name}) for name in asked.draft or DRAFTS}
+    groups = {name: [prompts[n : n + asked.batch] for n in range(0, 4, asked.batch)] for name, prompts in SETS.items()}
+    for prompts in WARM * (not asked.quick) * list(chain(*groups.values())):
+        for run in drafts.values():
+            run(prompts, ())
+    candidates |= drafts | (peers(model, asked.work) if asked.peers else {})
+    for name, parts in groups.items():
+        for prompts in parts[:1] if asked.quick else parts:
+            row = judged(model, measured(prompts, candidates, asked.rounds), prompts)
+            sets.setdefault(name, []).append(row)
+            print(name, row, flush=True)
+    return {"date": environment()["date"], "batch": asked.batch, "sets": sets}
+
+
+def main() -> None:
+    asked, stored = parsed(), read_result("exact")
+    runs, texts = stored.get("runs", {}), stored.get("same", {})
     settings = {"tokens": TOKENS, "rounds": asked.rounds}
     if asked.same:
         sampling = {"do_sample": True, "temperature": 0.8} if asked.sample else {"do_sample": False}
         name = f"{asked.model} {asked.dtype}, {'sampled' if asked.sample else 'greedy'}"
-        compared[name] = same(model_named(asked.model, asked.dtype), asked.same, **sampling)
-        print(name, compared[name])
-        print(write_result("exact", {**settings, "runs": runs, "same": compared}))
+        texts[name] = same(model_named(asked.model, asked.dtype), asked.same, **sampling)
+        print(name, texts[name])
+        print(write_result("exact", {**settings, "runs": runs, "same": texts}))
         return
     if not asked.report:
-        model = model_named(asked.model, asked.dtype)
-        candidates = {"plain": {}, **{name: {"exact": True, "draft": name} for name in asked.draft or DRAFTS}}
-        sets: dict[str, list[dict[str, Any]]] = {}
-        for prompt in WARM * (not asked.quick) * list(chain(*SETS.values())):
-            for options in filter(None, candidates.values()):
-                continued(model, prompt, options)
-        for name, prompts in SETS.items():
-            for prompt in prompts[:1] if asked.quick else prompts:
-                row = judged(model, measured(model, prompt, candidates, asked.rounds), prompt)
-                sets.setdefault(name, []).append(row)
-                print(name, row, flush=True)
-        run = f"{asked.model} {asked.dtype}, {environment()['cpu']}"
-        runs = {**({} if asked.quick else runs), run: {"date": environment()["date"], "sets": sets}}
-        print(table(runs))
+        batch = f", batch {asked.batch}" if asked.batch > 1 else ""
+        found = {f"{asked.model} {asked.dtype}{batch}, {environment()['cpu']}": compared(asked)}
         if asked.quick:
+            print(table(found), details(found), sep="\n")
             return
-        print(write_result("exact", {**settings, "runs": runs, "same": compared}))
-    fill(README, {"exact": table(runs)})
+        print(write_result("exact", {**settings, "runs": (runs := runs | found), "same": texts}))
+    fill(README, {"exact": table(runs), "exact short": short(runs)})
+    fill(METHOD, {"exact details": details(runs)})
 
 
 if __name__ == "__main__":

@@ -71,10 +71,11 @@ def in_format(source: Path, work: Path, kind: str) -> Path:
     return part.rename(target)
 
 
-def llama_cpp_peer(file: Path, threads: int) -> Generate:
+def llama_cpp_peer(file: Path, threads: int, *, lookup: int = 0) -> Generate:
     """llama.cpp's server, as its wheel runs it in this process, with a slot for each row of a call.
 
-    The wheel's own calls do not say which tokens they made, its server does.
+    The wheel's own calls do not say which tokens they made, its server does. With `lookup` so many tokens a round are
+    what followed the last three before.
     """
     import xllamacpp
 
@@ -84,6 +85,9 @@ def llama_cpp_peer(file: Path, threads: int) -> Generate:
         settings.model.path = str(file)
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         settings.n_ctx, settings.n_parallel = _CONTEXT * rows, rows
+        if lookup:
+            settings.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+            settings.speculative.ngram_simple.size_n, settings.speculative.ngram_simple.size_m = 3, lookup
         settings.cache_prompt, settings.port, settings.verbosity = False, 0, -1
         return xllamacpp.Server(settings)
 

@@ -59,8 +59,8 @@ def torch_makers(source: Path, work: Path, threads: int) -> dict[str, Callable[[
     return makers
 
 
-def transformers_peer(folder: Path, dtype: str, threads: int) -> Generate:
-    """transformers' own `generate` in eager torch."""
+def transformers_peer(folder: Path, dtype: str, threads: int, *, lookup: int = 0) -> Generate:
+    """transformers' own `generate` in eager torch; with `lookup` so many tokens a round are looked up in the prompt."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -72,6 +72,7 @@ def transformers_peer(folder: Path, dtype: str, threads: int) -> Generate:
     def generate(prompts: Prompts, new_tokens: int) -> Prompts:
         tokens = torch.tensor(prompts)
         settings = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
+        settings |= {"prompt_lookup_num_tokens": lookup} if lookup else {}
         with torch.inference_mode():
             output = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
         return output[:, tokens.shape[1] :].tolist()

@@ -106,7 +106,7 @@ def page(
     if few:
         parts.append(few_rows(few["passes"]))
     if starts:
-        parts.append(starting(starts["rows"]) + traced(starts.get("traced", {})))
+        parts.append(starting(starts["rows"]) + traced(starts.get("traced", {})) + fitted(starts.get("fits", {})))
     if overhead:
         host, share, cpu = overhead["host_per_chunk"]["median_ms"], overhead["share"], overhead["environment"]["cpu"]
         parts.append(
@@ -139,6 +139,17 @@ def traced(shapes: dict[str, Any]) -> str:
         f"\n{name}, {row['cpu']}: tracing and lowering the programs of a request takes "
         f"{sum(row['sides'].values()):.2f} s (`python -m benchmarks.start --trace`).\n"
         for name, row in shapes.items()
+    )
+
+
+def fitted(fits: dict[str, Any]) -> str:
+    """What a fit takes that has nothing compiled, and how much of it is compiling."""
+    return "".join(
+        f"\n`qs-jax {command}` of {name.removesuffix(command).strip()} with nothing compiled before, {row['cpu']}: "
+        f"{seconds['total_s'] / 60:.1f} minutes, {seconds['compile_s'] / seconds['total_s']:.0%} of them compiling, "
+        f"{seconds['trace_s'] / seconds['total_s']:.0%} tracing (`python -m benchmarks.start --fit {command}`).\n"
+        for name, row in fits.items()
+        for command, seconds in row["sides"].items()
     )
 
 

@@ -4,6 +4,7 @@
     python -m benchmarks.start --dtype bfloat16
     python -m benchmarks.start --quick        # one round, nothing written
     python -m benchmarks.start --trace llama-2-7b    # of a shape, without its weights: tracing and lowering alone
+    python -m benchmarks.start --fit lens            # how much of it is compiling; or calibrate: long
 
 Whole processes, in turn: `qs-jax generate` with nothing compiled (cold), the same with what that left in the
 compilation cache (warm), and transformers' greedy `generate` of the same folder if torch is there. Of ours the phases
@@ -32,6 +33,7 @@ import numpy as np
 
 from benchmarks import real_model
 from benchmarks.harness import environment, read_result, write_result
+from benchmarks.quality import WIKITEXT_TRAIN
 from benchmarks.shapes import SHAPES
 from qs_jax.adaptive.binding import dense
 from qs_jax.console import reporting_errors
@@ -42,6 +44,7 @@ from qs_jax.engine.stage import Entering, run_stage
 from qs_jax.generation import CHUNK
 from qs_jax.models import abstract_network, parse_config
 from qs_jax.token_set import token_set
+from reference_models.data import text_folder
 
 PROMPT, NEW_TOKENS, ROUNDS = "The capital of France is", 30, 5
 PROMPT_TOKENS = 1024
@@ -120,24 +123,38 @@ def traced(shape: str, dtype: str, rounds: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
+def fitted(folder: Path, command: str, dtype: str) -> dict[str, float]:
+    """Seconds of a fit on WikiText's training part with nothing compiled, and of compiling within it."""
+    with tempfile.TemporaryDirectory() as work:
+        asked = [sys.executable, "-m", "qs_jax", command, str(folder), "--text", str(text_folder() / WIKITEXT_TRAIN)]
+        asked += ["--dtype", dtype, "--out", str(Path(work) / "out"), "--json"]
+        environ = {**os.environ, "QS_JAX_COMPILATION_CACHE": work}
+        printed = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True, env=environ).stdout
+    return json.loads(printed)["timing"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=real_model.NAME, help="smollm2, or a folder")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quick", action="store_true", help="one round, nothing written")
     parser.add_argument("--trace", choices=tuple(SHAPES), metavar="SHAPE", help="trace and lower a shape's programs")
+    parser.add_argument("--fit", choices=("lens", "calibrate"), help="one such command, and its time of compiling")
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else ROUNDS
     with reporting_errors(debug=True):
         if arguments.trace:
             sides = traced(arguments.trace, arguments.dtype, rounds)
+        elif arguments.fit:
+            sides = {arguments.fit: fitted(real_model.place(arguments.model), arguments.fit, arguments.dtype)}
         else:
             sides = measured(real_model.place(arguments.model), arguments.dtype, rounds)
     row: dict[str, Any] = {"sides": sides, "date": environment()["date"], "cpu": environment()["cpu"]}
     print(json.dumps(row, indent=1))
     if not arguments.quick:
-        kept, kind = read_result("start"), "traced" if arguments.trace else "rows"
-        rows = {**kept.get(kind, {}), f"{arguments.trace or arguments.model} {arguments.dtype}": row}
+        kept, kind = read_result("start"), "traced" if arguments.trace else "fits" if arguments.fit else "rows"
+        name = " ".join([arguments.trace or arguments.model, arguments.dtype, *filter(None, [arguments.fit])])
+        rows = {**kept.get(kind, {}), name: row}
         print(write_result("start", {**kept, kind: rows}))
 
 

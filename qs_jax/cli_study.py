@@ -51,7 +51,7 @@ CALIBRATE_EXAMPLES = """Examples:
 
 \b
   qs-jax calibrate ./model --text train.txt
-  qs-jax calibrate ./model --text train.jsonl --max-ppl-increase 0.5 --out generous.json
+  qs-jax calibrate ./model --text train.jsonl --max-ppl-increase 1% --out generous.json
 An interrupted calibration goes on where it was when the same command is given again."""
 
 
@@ -141,7 +141,9 @@ def calibrate(
     model: ModelArgument,
     text: Text,
     documents: Documents = DOCUMENTS,
-    max_ppl_increase: Annotated[float, typer.Option(help="Perplexity may rise by this much.")] = MAX_PPL_INCREASE,
+    max_ppl_increase: Annotated[
+        str, typer.Option(metavar="N", help="Perplexity may rise by so many points, or by N%.")
+    ] = str(MAX_PPL_INCREASE),
     confidence: Annotated[float, typer.Option(help="That it does not rise more, from 0.5 to below 1.")] = CONFIDENCE,
     out: Annotated[str | None, typer.Option(help="Policy file to write; by default policy.json in MODEL.")] = None,
     signal: Signal = SIGNAL,
@@ -163,7 +165,7 @@ def calibrate(
         from qs_jax.evaluation.windows import Plan
 
         # what can be wrong without the model is, before it is loaded
-        Goal(max_ppl_increase, confidence)
+        Goal.of(max_ppl_increase, confidence)
         Plan(prefix, window, max_tokens, batch)
         corpus = Corpus.of(text, documents)
         loaded = load_model(model, common)
@@ -206,7 +208,7 @@ def _print_calibration(result: dict[str, Any]) -> None:
             f"at most {row['upper']:+z.3f} with {result['confidence']:.0%} confidence: {verdict}"
         )
     if chosen is None:
-        print(f"nothing can be trusted to stay within {result['max_ppl_increase']:+g}; the policy is off")
+        print(f"nothing can be trusted to stay within +{result['max_ppl_increase']}; the policy is off")
     elif uniform is not None:
         print(f"best uniform stop of the prompt within the budget: {uniform['flops_reduction']:z.1%}")
     print(f"written to {result['out']}")

@@ -1,5 +1,6 @@
 """The studies as calls: text in, a result out. What `qs-jax eval`, `calibrate` and `lens` do, by the same names."""
 
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -7,6 +8,7 @@ from typing import Any, get_args
 from qs_jax.adaptive.policy import KvRuleName, Policy, StateSignalName
 from qs_jax.choices import BITS, DOCUMENTS, not_among
 from qs_jax.corpus import Corpus, Text
+from qs_jax.engine.compilation import METER
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation import lens as fitting
 from qs_jax.evaluation.calibration import Calibrated, Goal
@@ -87,12 +89,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration's policy and how it was arrived at; `out` is the file it was written to, if any."""
+    """A calibration's policy and how it was arrived at; `out` is the file it was written to, if any, `timing` what it
+    took: `total_s`, and of that `trace_s` and `compile_s`."""
 
     found: Calibrated
     text: str
     documents: str
     out: Path | None
+    timing: dict[str, float]
 
     @property
     def policy(self) -> Policy:
@@ -106,18 +110,20 @@ class Calibration:
             "text": self.text,
             "documents": self.documents,
             "out": None if self.out is None else str(self.out),
+            "timing": self.timing,
         }
 
 
 @dataclass(frozen=True)
 class FittedLens:
     """A lens, on how many `tokens` it was fitted, and per layer from the second on the share of its update's variance
-    that it explains on windows held out; `out` is the file it was written to, if any."""
+    that it explains on windows held out; `out` is the file it was written to, if any, `timing` as for `Calibration`."""
 
     lens: Lens
     tokens: int
     explained: list[float]
     out: Path | None
+    timing: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """What `qs-jax lens --json` prints."""
@@ -125,7 +131,21 @@ class FittedLens:
             "out": None if self.out is None else str(self.out),
             "tokens": self.tokens,
             "explained": self.explained,
+            "timing": self.timing,
         }
+
+
+class _Watch:
+    """What goes by from here on."""
+
+    def __init__(self) -> None:
+        self._started, self._compiled = time.perf_counter(), METER.reading()
+
+    @property
+    def timing(self) -> dict[str, float]:
+        compiled = METER.since(self._compiled)
+        total = time.perf_counter() - self._started
+        return {"total_s": total, "trace_s": compiled.trace_seconds, "compile_s": compiled.seconds}
 
 
 def evaluate(
@@ -201,7 +221,7 @@ def calibrate(
     text: Text,
     *,
     documents: str = DOCUMENTS,
-    max_ppl_increase: float = MAX_PPL_INCREASE,
+    max_ppl_increase: float | str = MAX_PPL_INCREASE,
     confidence: float = CONFIDENCE,
     out: str | Path | None = None,
     signal: StateSignalName = SIGNAL,
@@ -218,7 +238,7 @@ def calibrate(
     Args:
         model, text, documents, prefix, window, max_tokens, batch, advance: as for `evaluate`; calibrate with the batch
             that will run.
-        max_ppl_increase: by how much perplexity may rise, above 0.
+        max_ppl_increase: by how much perplexity may rise: points above 0, or percent of the dense model's as in `"1%"`.
         confidence: that it rises by no more, from 0.5 to below 1.
         out: policy file to write. An interrupted calibration goes on where it was when it is called again with the same
             arguments; what was measured is in a hidden file beside it. None: nothing is written (the command writes
@@ -237,10 +257,10 @@ def calibrate(
         >>> policy = qs_jax.calibrate(model, "train.txt", max_ppl_increase=0.2).policy
         >>> qs_jax.generate(model, "Once upon a time", policy=policy)
     """
-    target = None if out is None else free_target(Path(out), overwrite=overwrite)
+    watch, target = _Watch(), None if out is None else free_target(Path(out), overwrite=overwrite)
     if signal not in get_args(StateSignalName):
         raise EvaluationError(not_among("signal", signal, get_args(StateSignalName)))
-    goal, plan = Goal(max_ppl_increase, confidence), Plan(prefix, window, max_tokens, batch)
+    goal, plan = Goal.of(max_ppl_increase, confidence), Plan(prefix, window, max_tokens, batch)
     corpus = Corpus.of(text, documents)
     windows = cut(model, corpus.documents, plan)
     advance(0, total=_MEASUREMENTS)
@@ -249,7 +269,7 @@ def calibrate(
     )[0]
     if target is not None:
         found.policy.save(target)
-    return Calibration(found, corpus.name, corpus.chosen, target)
+    return Calibration(found, corpus.name, corpus.chosen, target, watch.timing)
 
 
 def fit_lens(
@@ -283,11 +303,11 @@ def fit_lens(
         >>> qs_jax.fit_lens(model, "some.txt", out="model/lens.safetensors").explained
         >>> model = qs_jax.load("model")  # halted tokens can follow it from here on
     """
-    target = None if out is None else free_target(Path(out), overwrite=overwrite)
+    watch, target = _Watch(), None if out is None else free_target(Path(out), overwrite=overwrite)
     corpus = Corpus.of(text, documents)
     windows = whole(model, corpus.documents, max_tokens)
     advance(0, total=model.config.num_hidden_layers)
     fit = fitting.fit_lens(model, windows, rank=rank, advance=advance)
     if target is not None:
         fit.lens.save(target)
-    return FittedLens(fit.lens, windows.size, fit.explained, target)
+    return FittedLens(fit.lens, windows.size, fit.explained, target, watch.timing)

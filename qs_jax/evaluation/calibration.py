@@ -1,5 +1,6 @@
 """`qs-jax calibrate`: the policy that saves most within a perplexity budget, tested on text it was not chosen on."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -27,7 +28,7 @@ from qs_jax.evaluation.defaults import CONFIDENCE
 from qs_jax.evaluation.measurements import Measured, Part
 from qs_jax.evaluation.observation import Observed
 from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
-from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase
+from qs_jax.evaluation.statistics import PerWindow, excess_p_value, increase, linearised_increase, perplexity
 
 _TESTED = 12
 """Most policies that are tested, in equal steps of what they save."""
@@ -51,16 +52,52 @@ class Bench(Protocol):
 
 @dataclass(frozen=True)
 class Goal:
-    """Perplexity may rise by `budget`; the chance that a chosen policy truly exceeds it is at most 1 - `confidence`."""
+    """Perplexity may rise by `budget`; the chance that a chosen policy truly exceeds it is at most 1 - `confidence`.
+
+    The budget is in points of perplexity; `relative` ones are a share of the dense model's.
+    """
 
     budget: float
     confidence: float = CONFIDENCE
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < float("inf"):
-            raise EvaluationError(f"max-ppl-increase is {self.budget}, expected a number above 0")
+            raise EvaluationError(f"max-ppl-increase is {self.said}, expected a number above 0, or percent")
         if not 0.5 <= self.confidence < 1:
             raise EvaluationError(f"confidence is {self.confidence}, expected from 0.5 to below 1")
+
+    @classmethod
+    def of(cls, budget: float | str, confidence: float = CONFIDENCE) -> "Goal":
+        """A number of points, or percent such as `1%`.
+
+        Raises:
+            EvaluationError: neither, or not above 0; a confidence out of range.
+        """
+        said = str(budget).strip()
+        try:
+            number = float(said.removesuffix("%"))
+        except ValueError:
+            raise EvaluationError(
+                f"max-ppl-increase is {said!r}, expected points such as 0.2 or percent such as 1%"
+            ) from None
+        return cls(number / 100 if said.endswith("%") else number, confidence, said.endswith("%"))
+
+    @property
+    def said(self) -> str:
+        """As it is asked for."""
+        return f"{100 * self.budget:g}%" if self.relative else f"{self.budget:g}"
+
+    def points(self, dense: PerWindow) -> float:
+        """The budget in points, where the dense model scores so."""
+        return self.budget * perplexity(dense) if self.relative else self.budget
+
+    def excess_p_value(self, nll: PerWindow, dense: PerWindow) -> float:
+        """How likely such scores would be if the increase were above the budget. A share is tested against the dense
+        model's scores raised by it, so that how sure these are counts as well."""
+        if self.relative:
+            return excess_p_value(nll, dense + math.log1p(self.budget), 0.0)
+        return excess_p_value(nll, dense, self.budget)
 
 
 @dataclass(frozen=True)
@@ -82,7 +119,7 @@ class Calibrated:
     def to_json(self) -> dict[str, Any]:
         return {
             "policy": self.policy.to_json(),
-            "max_ppl_increase": self.goal.budget,
+            "max_ppl_increase": self.goal.said if self.goal.relative else self.goal.budget,
             "confidence": self.goal.confidence,
             "chosen": self.chosen,
             "best_uniform_stop": self.uniform,
@@ -106,7 +143,8 @@ def calibrate(bench: Bench, space: Space, observed: Observed, prefix: int, goals
     the uniform stops with frozen keys and values, where the space has another rule. The test then follows
     `qs_jax.evaluation.risk`.
     """
-    pool = search(bench, space, observed, prefix, [goal.budget for goal in goals])
+    dense = bench.dense("search").values
+    pool = search(bench, space, observed, prefix, [goal.points(dense) for goal in goals])
     return [_choose(bench, pool, space, prefix, goal) for goal in goals]
 
 
@@ -192,13 +230,13 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
     rules: tuple[KvRuleName, ...] = ("frozen", "affine") if space.kv_rule == "affine" else ("frozen",)
     stops = {r: [p for p in uniform_stops(replace(space, kv_rule=r), prefix) if p in pool] for r in rules}
     paths = [_climbing(bench, pool, goal), *(found for found in stops.values() if found)]
-    p_value = _p_value(bench, goal.budget)
+    p_value = _p_value(bench, goal)
     tests = [(path, accepted(path, p_value, level / len(paths))) for path in paths]
     trusted = [policy for _, held in tests for policy in held]
     tried = [policy for path, held in tests for policy in path[: len(held) + 1]]
     alone = {rule: accepted(found, p_value, level) for rule, found in stops.items()}
     best = {rule: _row(bench, held[-1], goal, True) if held else None for rule, held in alone.items()}
-    chosen, name = min(trusted, key=bench.cost, default=None), f"calibrated +{goal.budget:g}"
+    chosen, name = min(trusted, key=bench.cost, default=None), f"calibrated +{goal.said}"
     return Calibrated(
         policy=stripped(chosen, name) if chosen else Policy(name=name),
         searched=replace(chosen or Policy.off(), name=name),
@@ -213,11 +251,12 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
 def _climbing(bench: Bench, pool: Sequence[Policy], goal: Goal) -> list[Policy]:
     """The ladder through the pool: from saving little to saving most, by what the search part says."""
     estimates = [Estimate(n, bench.increase(p, "search"), bench.cost(p)) for n, p in enumerate(pool)]
-    return [pool[e.place] for e in ladder(estimates, goal.budget, bench.cost(Policy.off()), _TESTED)]
+    budget = goal.points(bench.dense("search").values)
+    return [pool[e.place] for e in ladder(estimates, budget, bench.cost(Policy.off()), _TESTED)]
 
 
-def _p_value(bench: Bench, budget: float) -> Callable[[Policy], float]:
-    return lambda policy: excess_p_value(bench.of(policy, "test").values, bench.dense("test").values, budget)
+def _p_value(bench: Bench, goal: Goal) -> Callable[[Policy], float]:
+    return lambda policy: goal.excess_p_value(bench.of(policy, "test").values, bench.dense("test").values)
 
 
 def _row(bench: Bench, policy: Policy, goal: Goal, is_accepted: bool) -> dict[str, Any]:

@@ -2,48 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import Array, Int
 
 from qs_jax.adaptive.binding import dense
-from qs_jax.adaptive.ledger import PassCosts, Tally
 from qs_jax.engine import session as sessions
-from qs_jax.engine.decode import Controls, DecodeState
-from qs_jax.engine.exact import Draft, History, Proposal, exact_chunk
+from qs_jax.engine.decode import DecodeState
+from qs_jax.engine.exact import Draft, exact_chunk
 from qs_jax.engine.pacing import Drafting
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
 from qs_jax.model import Model
-from qs_jax.models.base import CausalLM
-from qs_jax.pytree import STATIC
 
 COUNT = 3
 CHUNK = 12
 CLOSE = 1e-4
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Scripted:
-    """Drafts what a script says stands there, -1 for nothing: one program, whatever is right or wrong."""
-
-    script: Int[Array, "batch places"]
-    remembers: bool = field(default=False, metadata=STATIC)
-
-    def propose(
-        self, model: CausalLM, state: DecodeState, history: History, controls: Controls, count: int
-    ) -> Proposal:
-        places = state.positions[:, None] + 1 + jnp.arange(count, dtype=jnp.int32)
-        return Proposal(jnp.take_along_axis(self.script, places, axis=1, mode="clip"), state.cache, ())
-
-    def spent(self, costs: PassCosts, work: Any) -> Tally:
-        return Tally()
 
 
 @dataclass

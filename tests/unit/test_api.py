@@ -182,7 +182,9 @@ def test_a_calibration_is_asked_for_and_written(model: Model, tmp_path: Path, mo
     assert asked["goal"] == Goal(0.3, 0.9)
     assert (asked["signal"], asked["kv_rule"], asked["target"], asked["windows"]) == ("relative_drift", "drop", out, 4)
     assert Policy.load(out) == found.policy == chosen.policy
-    assert found.to_json() == {**chosen.to_json(), "text": "1 documents", "documents": ":", "out": str(out)}
+    assert found.timing["total_s"] > 0
+    told = {"text": "1 documents", "documents": ":", "out": str(out), "timing": found.timing}
+    assert found.to_json() == {**chosen.to_json(), **told}
     with pytest.raises(EvaluationError, match="is there already"):
         qs_jax.calibrate(model, [TEXT], out=out, **CUT)
     assert qs_jax.calibrate(model, [TEXT], **CUT).out is None
@@ -195,6 +197,9 @@ def test_a_calibration_is_asked_for_and_written(model: Model, tmp_path: Path, mo
         ({"signal": "entropy"}, "signal is 'entropy', expected one of relative_drift"),
         ({"confidence": 1.0}, "confidence is 1"),
         ({"max_ppl_increase": 0.0}, "max-ppl-increase is 0"),
+        ({"max_ppl_increase": "-1%"}, "max-ppl-increase is -1%, expected a number above 0, or percent"),
+        ({"max_ppl_increase": "nan%"}, "max-ppl-increase is nan%"),
+        ({"max_ppl_increase": "little"}, "max-ppl-increase is 'little', expected points such as 0.2 or percent"),
         ({"out": "/nowhere/policy.json"}, "no such folder"),
         ({"window": 0}, "window is 0"),
     ],
@@ -213,6 +218,7 @@ def test_a_lens_is_fitted_and_found_where_it_was_written(tmp_path: Path) -> None
         "out": str(folder / LENS_FILE),
         "tokens": found.tokens,
         "explained": found.explained,
+        "timing": found.timing,
     }
     assert (watched.done, watched.total) == (2, 2)
     assert qs_jax.load(folder, compilation_cache=False).network.shortcuts is not None

@@ -108,8 +108,12 @@ def test_a_file_in_another_format_holds_the_same_model(tmp_path: Path) -> None:
 
 
 def test_readme_says_what_exact_mode_s_result_says() -> None:
-    page = README.read_text("utf-8")
-    assert replaced(page, "exact", exact.table(read_result("exact")["runs"])) == page
+    runs = read_result("exact")["runs"]
+    told = {README: {"exact": exact.table, "exact short": exact.short}, exact.METHOD: {"exact details": exact.details}}
+    for path, blocks in told.items():
+        page = path.read_text("utf-8")
+        for name, made in blocks.items():
+            assert replaced(page, name, made(runs)) == page
 
 
 def test_a_result_is_stored_with_the_environment_of_its_own_run(
