@@ -103,7 +103,7 @@ for name, one, other in (("greedy", plain, exact), ("sampled", plain_sampled, ex
 #
 # The trace says of every token whether it was a draft (`from_draft`) and which round it is of (`in_round`, -1 for plain
 # steps). In the figures **a bar begins a round**; drafts that were right are green and underlined; what the dense model chose
-# itself in a round is bold. A wrong draft leaves nothing in the text: it costs its share of the pass, and shows as a short round.
+# itself in a round is bold; the prompt's end is grey. A wrong draft leaves nothing in the text: it costs its share of the pass, and shows as a short round.
 
 # %%
 COLUMNS = 92
@@ -111,8 +111,8 @@ COLUMNS = 92
 
 def draw(prompt: str, output: qs_jax.GenerateOutput, title: str, row: int = 0, size: float = 8.5) -> None:
     """The end of a prompt and a row's continuation on a grid of characters, each token by what made it."""
-    trace = output.trace
-    tokens = [("…" + prompt[-60:], False, -1)]
+    trace, asked = output.trace, "…" + prompt[-60:]
+    tokens = [(asked, False, -1)]
     tokens += zip(output.pieces[row], trace["from_draft"][row], trace["in_round"][row], strict=True)
     letters = [
         (letter, drafted, number, number >= 0 and number != before and place == 0)
@@ -132,7 +132,8 @@ def draw(prompt: str, output: qs_jax.GenerateOutput, title: str, row: int = 0, s
         if begins:
             axes.plot([x, x], [y, y + 0.95], "-", color="#62636b", linewidth=1.2)
         weight = "bold" if number >= 0 and not drafted else "normal"
-        axes.text(x + 0.5, y + 0.5, letter, family="monospace", fontsize=size, weight=weight, ha="center", va="center")
+        style = {"family": "monospace", "fontsize": size, "weight": weight, "ha": "center", "va": "center"}
+        axes.text(x + 0.5, y + 0.5, letter, color="grey" if place < len(asked) else "black", **style)
     plt.show()
 
 

@@ -39,7 +39,7 @@ from tests.invariants.cases import (
     each,
     halfway,
 )
-from tests.invariants.rounds import CLOSE, COUNT, Scripted, assert_same, run, script
+from tests.invariants.rounds import CLOSE, COUNT, Ran, Scripted, assert_same, run, script
 from tests.invariants.running import SPECIAL_IDS, imagine_rounds, step_arguments
 from tests.invariants.test_ledger import WIDER
 from tests.tiny import CONFIGS, PROMPTS, SAMPLING, quantised, tiny_model, with_random_lens
