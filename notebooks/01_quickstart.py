@@ -157,3 +157,4 @@ for policy in ("off", WORK / "model" / "policy.json"):
 # * [02_llama_on_tpu](02_llama_on_tpu.ipynb): a gated model from the hub in bfloat16.
 # * [03_adaptive_inference](03_adaptive_inference.ipynb): the four mechanisms.
 # * [04_matryoshka](04_matryoshka.ipynb): one set of weights, read at 8, 4 or 2 bits.
+# * [05_exact_mode](05_exact_mode.ipynb): the same text in fewer passes over the weights.

@@ -209,7 +209,7 @@ def _print_generation(loaded: Any, prompts: list[Any], config: GenerationConfig,
     rows = len(prompts) * config.num_return_sequences
     if json:
         output = generate(loaded, prompts, config)
-        print_json({**_whole(output), "notes": list(loaded.notes)})
+        print_json({**_whole(output, loaded, prompts), "notes": list(loaded.notes)})
     else:
         if rows == 1:
             output = _print_stream(prompts[0], stream(loaded, prompts, config))
@@ -223,10 +223,23 @@ def _print_generation(loaded: Any, prompts: list[Any], config: GenerationConfig,
         raise GenerationError(not_finite(loaded))
 
 
-def _whole(output: Any) -> dict[str, Any]:
-    """What `--json` prints of an output."""
-    names = ("texts", "tokens", "lengths", "finish_reasons", "logprobs", "seeds", "settings", "ledger", "timing")
-    return {**{name: getattr(output, name) for name in names}, **output.trace}
+def _whole(output: Any, loaded: Any, prompts: list[Any]) -> dict[str, Any]:
+    """What `--json` prints of an output; of a chat, the one message in place of the prompt."""
+    names = (
+        "texts",
+        "pieces",
+        "tokens",
+        "lengths",
+        "finish_reasons",
+        "logprobs",
+        "seeds",
+        "settings",
+        "ledger",
+        "timing",
+    )
+    asked = [prompt if isinstance(prompt, str) else prompt[0]["content"] for prompt in prompts]
+    model = {"model": loaded.name, "depth": loaded.config.num_hidden_layers, "prompts": asked}
+    return {**model, **{name: getattr(output, name) for name in names}, **output.trace}
 
 
 def _in_force(output: Any) -> str:

@@ -258,12 +258,13 @@ REPORT_EXAMPLES = """Examples:
 
 \b
   qs-jax eval ./model --text test.txt --ablate --json > table.json
-  qs-jax report table.json --out report.html"""
+  qs-jax generate ./model --prompt "Once upon a time" --exact --json > text.json
+  qs-jax report table.json text.json --out report.html"""
 
 
 @common_options(loads=False)
 def report(
-    results: Annotated[list[Path], typer.Argument(help="What eval or calibrate printed with --json.")],
+    results: Annotated[list[Path], typer.Argument(help="What generate, eval or calibrate printed with --json.")],
     out: Annotated[Path, typer.Option(help="Page to write.")],
     overwrite: Overwrite = False,
     *,

@@ -36,7 +36,8 @@ class GenerateOutput:
 
     `tokens` holds only new tokens, the end-of-text id included where one was produced; `sequences` is the same as one
     rectangle, padded on the right. `logprobs` are natural log-probabilities of the tokens under the model's own
-    distribution, before temperature or penalties. `texts` is the new text. `seeds` repeats the call.
+    distribution, before temperature or penalties. `texts` is the new text, `pieces` what each token completed of it.
+    `seeds` repeats the call.
     `settings` are those in force, and under `from_generation_config` which of them the model's file gave.
     `trace` says what was spent on each token: `layers_run`, `bits` (mean over those layers) and `signal` (at the last
     decision to halt) per row and new token, of the pass that chose it; `prompt_layers_run`, `prompt_fused_with` (index
@@ -45,10 +46,13 @@ class GenerateOutput:
     `timing` are seconds of wall clock; `trace_s` and `compile_s` (or loading what was compiled before) are part of the
     phase in which they happened; `load_s`, of the model, is part of none. `decode_steps` are passes over the weights.
     In exact mode `timing` and, per row, `trace` have `rounds`, `drafted` and `accepted` (drafts, and those that were
-    right); `trace` has the latter two by round as well, `timing` the plain steps among the passes as `fallback`.
+    right); `trace` has the latter two by round as well, `timing` the plain steps among the passes as `fallback`. By
+    token `trace` has `from_draft`, whether it was a draft, and `in_round`, which of the row's rounds it is of, counted
+    from 0: -1 for the first token, which the prompt gives, and those of plain steps.
     """
 
     texts: list[str]
+    pieces: list[list[str]]
     tokens: list[list[int]]
     sequences: Int[np.ndarray, "rows longest"]
     lengths: list[int]
@@ -78,11 +82,24 @@ class _Row:
     detokenizer: Detokenizer | None
     stops: StopStrings | None
     tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     layers_run: list[int] = field(default_factory=list)
     bits_read: list[int] = field(default_factory=list)
     signal: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    def read(self, token: int) -> str:
+        """The text that a token completes."""
+        self.pieces.append(self.detokenizer.push(token) if self.detokenizer else "")
+        return self.pieces[-1]
+
+    def read_the_rest(self) -> str:
+        """What is held back at the end, as the last token's."""
+        rest = self.detokenizer.flush() if self.detokenizer and self.pieces else ""
+        if rest:
+            self.pieces[-1] += rest
+        return rest
 
 
 def _row(model: Model, prompt: Sequence[int], stop_strings: Sequence[str]) -> _Row:
@@ -124,7 +141,7 @@ class _Generation:
                 row.finish_reason = "not_finite"
                 break
             used += 1
-            text += row.detokenizer.push(token) if row.detokenizer and self.streaming else ""
+            text += row.read(token) if self.streaming else ""
             row.finish_reason = self._finish_reason(row, token, len(row.tokens) + used)
             if row.finish_reason:
                 break
@@ -133,8 +150,8 @@ class _Generation:
         row.tokens += tokens[:used]
         for name in ("logprobs", "layers_run", "bits_read", "signal"):
             getattr(row, name).extend(getattr(chosen, name)[:used].tolist())
-        if row.finish_reason and row.detokenizer and self.streaming:
-            text += row.detokenizer.flush()
+        if row.finish_reason and self.streaming:
+            text += row.read_the_rest()
         return StreamPiece(index, text, tokens[:used], row.finish_reason)
 
     def _finish_reason(self, row: _Row, token: int, length: int) -> FinishReason | None:
@@ -149,8 +166,10 @@ class _Generation:
         elapsed = time.perf_counter() - self.started
         lengths = [len(row.tokens) for row in self.rows]
         decode_s = self.session.decode_seconds
+        pieces = [self._pieces(row) for row in self.rows]
         return GenerateOutput(
-            texts=[self._text(row) for row in self.rows],
+            texts=["".join(row) for row in pieces],
+            pieces=pieces,
             tokens=[row.tokens for row in self.rows],
             sequences=_rectangle([row.tokens for row in self.rows], self.settings.pad_token_id),
             lengths=lengths,
@@ -196,17 +215,26 @@ class _Generation:
             "prompt_layers_run": [layers.tolist() for layers in prompt.layers_run],
             "prompt_fused_with": [tokens.tolist() for tokens in prompt.fused_with],
             "prompt_signal": [values.tolist() for values in prompt.signal],
-            **(self.session.drafts.trace if self.session.drafts else {}),
+            **self._draft_trace(),
         }
 
-    def _text(self, row: _Row) -> str:
-        if row.detokenizer is None:
-            return ""
+    def _draft_trace(self) -> dict[str, Any]:
+        if self.session.drafts is None:
+            return {}
+        trace = self.session.drafts.trace
+        # the chunk in which a row ends may have gone on behind its end
+        kept = {
+            name: [places[: len(row.tokens)] for places, row in zip(trace[name], self.rows, strict=True)]
+            for name in ("from_draft", "in_round")
+        }
+        return {**trace, **kept}
+
+    def _pieces(self, row: _Row) -> list[str]:
         if not self.streaming:
             for token in row.tokens:
-                row.detokenizer.push(token)
-            row.detokenizer.flush()
-        return row.detokenizer.text
+                row.read(token)
+            row.read_the_rest()
+        return row.pieces
 
 
 def _of_row(chosen: Chosen, index: int) -> Chosen:

@@ -141,7 +141,8 @@ _KNOWN: WeakKeyDictionary[CausalLM, _Known] = WeakKeyDictionary()
 class Drafts:
     """The host's side of exact mode in a request: the text so far, what became of drafts, and when to draft.
 
-    `drafted` and `accepted` are per row of the request, and by round that the row was live in.
+    `drafted` and `accepted` are per row of the request, and by round that the row was live in; `from_draft` and
+    `in_round` by token: whether it was a draft that was right, and of which of these rounds it is, -1 of none.
     """
 
     def __init__(self, drafting: Drafting, model: CausalLM, prompts: Sequence[Sequence[int]]):
@@ -150,6 +151,7 @@ class Drafts:
         self._opened = False
         self._paid = self._made = 0.0
         self._lengths = np.asarray([len(prompt) for prompt in prompts])
+        self._prompt_lengths = self._lengths.copy()
         self._replays: list[list[Replay]] = []
         for row, prompt in enumerate(prompts):
             self._text[row, : len(prompt)] = prompt
@@ -157,16 +159,20 @@ class Drafts:
             self._replays.append([Replay(index, count) for count in drafting.counts if drafting.adapts])
         self.drafted: list[list[int]] = [[] for _ in prompts]
         self.accepted: list[list[int]] = [[] for _ in prompts]
+        self.from_draft: list[list[bool]] = [[] for _ in prompts]
+        self.in_round: list[list[int]] = [[] for _ in prompts]
 
     @property
     def trace(self) -> dict[str, list[Any]]:
-        """Per row: rounds, drafts and those that were right; and the latter two by round."""
+        """Per row: rounds, drafts and those that were right; the latter two by round; and by token where it is from."""
         return {
             "rounds": list(map(len, self.drafted)),
             "drafted": list(map(sum, self.drafted)),
             "accepted": list(map(sum, self.accepted)),
             "drafted_by_round": self.drafted,
             "accepted_by_round": self.accepted,
+            "from_draft": self.from_draft,
+            "in_round": self.in_round,
         }
 
     @property
@@ -185,6 +191,7 @@ class Drafts:
             length = self._lengths[row]
             self._text[row, length : length + len(tokens)] = tokens
             self._lengths[row] += len(tokens)
+            self._place(row, -1, 0, int(self._lengths[row] - self._prompt_lengths[row]) - len(self.in_round[row]))
             for token in tokens.tolist() if replays else ():
                 for replay in replays:
                     replay.see(token)
@@ -193,11 +200,20 @@ class Drafts:
                     replay.begin()
 
     def count(self, rounds: Round, rows: Int[np.ndarray, " batch"]) -> None:
-        """Take in what became of the drafts of a chunk."""
-        live = rounds.chosen.emitted.any(axis=1)
-        for place, row in enumerate(rows):
+        """Take in what became of the drafts of a chunk, before its text is seen."""
+        gained = rounds.chosen.emitted.sum(axis=1)
+        live = gained > 0
+        for place, row in enumerate(rows.tolist()):
+            right = rounds.accepted[live[:, place], place].tolist()
+            for accepted, tokens in zip(right, gained[live[:, place], place].tolist(), strict=True):
+                self.accepted[row].append(accepted)
+                self._place(row, len(self.accepted[row]) - 1, accepted, tokens - accepted)
             self.drafted[row] += rounds.drafted[live[:, place], place].tolist()
-            self.accepted[row] += rounds.accepted[live[:, place], place].tolist()
+
+    def _place(self, row: int, number: int, drafts: int, chosen: int) -> None:
+        """A row's next tokens, of a round or of none (-1): so many drafts, then so many of the dense model's own."""
+        self.from_draft[row] += [True] * drafts + [False] * chosen
+        self.in_round[row] += [number] * (drafts + chosen)
 
     def choose(self, live: Int[np.ndarray, " live"], shape: Shape, left: int) -> int:
         """Drafts a round for these rows, of which some may still gain `left` tokens; 0 for plain steps."""

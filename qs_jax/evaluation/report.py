@@ -1,4 +1,4 @@
-"""`qs-jax report`: results of `eval` and `calibrate` as one self-contained page."""
+"""`qs-jax report`: results of `generate`, `eval` and `calibrate` as one self-contained page."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,26 @@ from qs_jax.files import write_whole
 _TEMPLATE = "report.html.jinja"
 _EVAL_KEYS = ("model", "perplexity", "perplexity_off", "ledger", "protocol", "samples", "layers_histogram")
 _CALIBRATION_KEYS = ("max_ppl_increase", "tested", "policy")
+_NO_ROUND = -1
+_GENERATE_KEYS = ("model", "depth", "prompts", "pieces", "settings", "ledger", "timing")
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """A result as `--json` printed it.
 
     Raises:
-        EvaluationError: not JSON, or not a result of eval or calibrate.
+        EvaluationError: not JSON, or not a result of generate, eval or calibrate.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: cannot be read as JSON ({type(error).__name__}); restore the file") from None
     if not isinstance(raw, dict) or not any(
-        all(key in raw for key in keys) for keys in (_EVAL_KEYS, _CALIBRATION_KEYS)
+        all(key in raw for key in keys) for keys in (_EVAL_KEYS, _CALIBRATION_KEYS, _GENERATE_KEYS)
     ):
-        raise EvaluationError(f"{path}: not a result of qs-jax eval or calibrate; make it with --json")
+        raise EvaluationError(
+            f"{path}: not a result of qs-jax generate, eval or calibrate; make it with --json and this version"
+        )
     return raw
 
 
@@ -46,12 +50,15 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"pareto": pareto, "histogram": histogram}
+    environment.globals |= {"pareto": pareto, "histogram": histogram, "tokens": tokens, "continuation": continuation}
     environment.filters |= {"percent": _percent, "signed": _signed, "number": _number}
     studies = [result for result in results if "samples" in result]
     calibrations = [result for result in results if "tested" in result]
+    generations = [{**result, "draft": _draft(result)} for result in results if "pieces" in result]
     try:
-        return environment.get_template(_TEMPLATE).render(studies=studies, calibrations=calibrations, tokens=tokens)
+        return environment.get_template(_TEMPLATE).render(
+            studies=studies, calibrations=calibrations, generations=generations
+        )
     except (jinja2.UndefinedError, KeyError, TypeError, ValueError, IndexError) as error:
         raise EvaluationError(
             f"a result lacks what the report shows ({error}); make it again with this version"
@@ -72,6 +79,41 @@ def tokens(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
     for number, token in enumerate(found):
         token["scored"] = number >= len(sample["prompt"])
     return found
+
+
+def continuation(result: Mapping[str, Any], row: int) -> list[dict[str, Any]]:
+    """What a row of `generate` gained, token by token; `marks` are the classes that show how it was read, or in exact
+    mode who made it and where a round begins."""
+    depth, draft, found = result["depth"], _draft(result), []
+    spent = zip(*(result[name][row] for name in ("pieces", "layers_run", "bits", "logprobs")), strict=True)
+    for text, layers, bits, logprob in spent:
+        note = f"{layers} of {depth} layers, {bits:.3g} bits, log-probability {logprob:.2f}"
+        found.append({"text": text, "saved": 1 - layers / depth, "note": note, "marks": ["low"] if bits < 8 else []})
+    if draft is not None:  # and all tokens are read alike
+        _mark_rounds(found, draft["name"], result["from_draft"][row], result["in_round"][row])
+    return found
+
+
+def _mark_rounds(found: list[dict[str, Any]], draft: str, from_draft: list[bool], in_round: list[int]) -> None:
+    before = _NO_ROUND
+    for token, right, number in zip(found, from_draft, in_round, strict=True):
+        if number == _NO_ROUND:
+            token["note"], token["marks"] = f"decoded plainly; {token['note']}", []
+        else:
+            source, mark = (f"drafted by {draft}", "drafted") if right else ("the dense model's own", "own")
+            token["note"] = f"round {number + 1}, {source}; {token['note']}"
+            token["marks"] = [mark] if number == before else ["begins", mark]
+        before = number
+
+
+def _draft(result: Mapping[str, Any]) -> dict[str, str] | None:
+    """What drafted in exact mode: its name as asked for, and its kind, which has a colour."""
+    if "in_round" not in result:
+        return None
+    names = ["lookup" if name == "auto" else name for name in result["settings"]["draft"]]
+    if len(names) > 1:
+        return {"name": f"the cascade {' → '.join(names)}", "kind": "cascade"}
+    return {"name": names[0], "kind": names[0].partition(":")[0]}
 
 
 def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:

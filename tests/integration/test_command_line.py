@@ -58,7 +58,10 @@ def test_exact_mode_prints_the_same_text_and_what_became_of_drafts(folder: Path)
     asked = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 40)
     plain, exact = (payload(run(*asked, *more, "--json")) for more in ((), ("--exact", "--draft", "lookup")))
     assert exact["tokens"] == plain["tokens"]
-    assert set(exact) - set(plain) == {"rounds", "drafted", "accepted", "drafted_by_round", "accepted_by_round"}
+    by_token = {"from_draft", "in_round"}
+    assert (
+        set(exact) - set(plain) == {"rounds", "drafted", "accepted", "drafted_by_round", "accepted_by_round"} | by_token
+    )
     assert set(exact["timing"]) - set(plain["timing"]) == {"rounds", "drafted", "accepted", "fallback"}
     assert sum(exact["accepted_by_round"][0]) == exact["accepted"][0] == exact["timing"]["accepted"]
     assert exact["rounds"][0] + exact["accepted"][0] >= 39
@@ -67,6 +70,17 @@ def test_exact_mode_prints_the_same_text_and_what_became_of_drafts(folder: Path)
     assert streamed.stdout == PROMPT + plain["texts"][0] + "\n"
     figures = exact["timing"]
     assert f"{figures['accepted']} of {figures['drafted']} drafts right, 0 plain steps" in streamed.stderr
+
+
+def test_what_it_prints_is_a_page(folder: Path, tmp_path: Path) -> None:
+    asked = ("--chat", "--prompt", PROMPT, "--prompt", "Hi", "--num-return-sequences", 2, "--seed", 1)
+    exact = run("generate", folder, *asked, "--exact", "--json")
+    printed = payload(exact)
+    assert printed["prompts"] == [PROMPT, "Hi"]
+    assert ["".join(pieces) for pieces in printed["pieces"]] == printed["texts"]
+    (tmp_path / "text.json").write_text(exact.stdout)
+    assert run("report", tmp_path / "text.json", "--out", tmp_path / "page.html").exit_code == 0
+    assert (tmp_path / "page.html").read_text("utf-8").count('title="prompt"') == 4
 
 
 def test_generate_as_json(folder: Path) -> None:

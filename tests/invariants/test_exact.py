@@ -39,7 +39,7 @@ from tests.invariants.cases import (
     each,
     halfway,
 )
-from tests.invariants.rounds import CLOSE, COUNT, Scripted, assert_same, run, script
+from tests.invariants.rounds import CLOSE, COUNT, Ran, Scripted, assert_same, run, script
 from tests.invariants.running import SPECIAL_IDS, imagine_rounds, step_arguments
 from tests.invariants.test_ledger import WIDER
 from tests.tiny import CONFIGS, PROMPTS, SAMPLING, quantised, tiny_model, with_random_lens
@@ -60,6 +60,18 @@ def rounds_of(text: Sequence[int], drafts: Sequence[int], count: int) -> list[in
         accepted.append(right)
         at += right + 1
     return accepted
+
+
+def assert_told(exact: Ran) -> None:
+    """The trace says of tokens what it says of rounds: each has its right drafts, and then one that was no draft."""
+    assert exact.session.drafts is not None
+    trace = exact.session.drafts.trace
+    for row, tokens in enumerate(exact.tokens):
+        expected = [(False, -1)]
+        for number, accepted in enumerate(trace["accepted_by_round"][row]):
+            expected += [(True, number)] * accepted + [(False, number)]
+        assert len(expected) - len(tokens) in (0, 1)  # a draft that was right may be the last token
+        assert [*zip(trace["from_draft"][row], trace["in_round"][row], strict=True)] == expected[: len(tokens)]
 
 
 GREEDY = Sampling.of()
@@ -84,6 +96,7 @@ def test_text_is_plain_whatever_is_drafted(name: str, sampling: Sampling, data: 
     assert_same(exact, plain)
     for row, prompt in enumerate(ROWS):
         assert exact.accepted[row] == rounds_of(plain.tokens[row], drafts[row, len(prompt) :].tolist(), COUNT)
+    assert_told(exact)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -108,6 +121,7 @@ def test_rows_that_are_done_are_dropped() -> None:
     plain = run(model, ROWS, tokens, eos=ends)
     exact = run(model, ROWS, tokens, Lookup(), eos=ends)
     assert_same(exact, plain)
+    assert_told(exact)
     assert exact.rows_held[0] == 4 > exact.rows_held[-1]
     assert sum(exact.accepted[2]) + len(exact.accepted[2]) in (tokens - 1, tokens)
 
@@ -233,6 +247,7 @@ def test_stop_strings_and_streaming() -> None:
     assert exact.finish_reasons == plain.finish_reasons == ["stop_string"]
     assert (exact.tokens, exact.texts) == (plain.tokens, plain.texts)
     assert "".join(piece.text for piece in pieces) == plain.texts[0]
+    assert [len(exact.trace[name][0]) for name in ("from_draft", "in_round")] == exact.lengths * 2
 
 
 @pytest.mark.parametrize("name", NAMES)

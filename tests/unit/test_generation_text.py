@@ -72,6 +72,9 @@ def test_a_stream_is_what_generate_returns(model: Model, free: GenerateOutput) -
         pieces, streamed = collect(model, PROMPTS, max_new_tokens=40, **settings)
         whole = qs_jax.generate(model, PROMPTS, max_new_tokens=40, **settings)
         assert (streamed.texts, streamed.tokens) == (whole.texts, whole.tokens)
+        assert streamed.pieces == whole.pieces
+        assert ["".join(row) for row in whole.pieces] == whole.texts
+        assert list(map(len, whole.pieces)) == whole.lengths
         assert (streamed.logprobs, streamed.finish_reasons) == (whole.logprobs, whole.finish_reasons)
         for row in range(len(PROMPTS)):
             own = [piece for piece in pieces if piece.row == row]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from qs_jax.engine.compilation import CompileMeter
 from qs_jax.engine.decode import Chosen
 from qs_jax.engine.drafts import Lookup
+from qs_jax.engine.exact import Round
 from qs_jax.engine.pacing import Drafting, Drafts, Replay, TextIndex
 from tests.tiny import tiny_model
 
@@ -158,6 +160,24 @@ def test_a_program_that_saves_little_more_than_another_is_not_compiled() -> None
     for _ in range(8):  # 0.26 steps a token at four drafts, 0.24 at eight
         made.see(gained(PERIOD * 4))
         assert made.choose(LIVE, SHAPE, LEFT) == 4
+
+
+def test_tokens_of_rounds_and_of_plain_steps_are_told_apart() -> None:
+    """The prompt's token, a plain step, two rounds of which the second has no draft right, a plain step."""
+    made = drafts()
+    made.see(gained([5]))
+    made.see(gained([6]))
+    chosen = gained([7, 8, 9, 10, 0, 0])
+    emitted = np.asarray([True, True, True, True, False, False])
+    chosen = chosen._replace(emitted=emitted[:, None])
+    rounds: Any = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), chosen)
+    counts: tuple[Any, ...] = (np.asarray([[2], [2]]), np.asarray([[2], [0]]))
+    made.count(Round(rounds, *counts, None), LIVE)
+    made.see(chosen)
+    made.see(gained([11]))
+    assert made.trace["from_draft"] == [[False, False, True, True, False, False, False]]
+    assert made.trace["in_round"] == [[-1, -1, 0, 0, 0, 1, -1]]
+    assert (made.trace["rounds"], made.trace["accepted"]) == ([2], [2])
 
 
 def test_a_draft_that_is_asked_for_is_always_used() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qs_jax.errors import EvaluationError
-from qs_jax.evaluation.report import read_result, render, tokens, write_report
-from tests.results import DEPTH, result, scored
+from qs_jax.evaluation.report import continuation, read_result, render, tokens, write_report
+from tests.results import DEPTH, HOSTILE, LEDGER, result, scored
 from tests.study import command
 
 
@@ -20,6 +20,28 @@ def calibration() -> dict[str, Any]:
     row = {"flops_reduction": 0.3, "perplexity_increase": 0.1, "upper": 0.15, "layers_run_mean": 4.2, "accepted": True}
     tested = [row, {**row, "accepted": False}]
     return {"max_ppl_increase": 0.2, "confidence": 0.9, "policy": {}, "tested": tested, "best_uniform_stop": row}
+
+
+def generation(*draft: str) -> dict[str, Any]:
+    """Two rows: a round with two right drafts, a plain step, a round with none; and what a prompt alone gives."""
+    exact = {
+        "from_draft": [[False, True, True, False, False, False], [False]],
+        "in_round": [[-1, 0, 0, 0, -1, 1], [-1]],
+    }
+    return {
+        "model": f"model {HOSTILE}",
+        "depth": DEPTH,
+        "prompts": ["Once", HOSTILE],
+        "pieces": [[" upon", " a", " time", HOSTILE, "", "."], [" a"]],
+        "lengths": [6, 1],
+        "layers_run": [[6] * 6, [3]],
+        "bits": [[32.0] * 6, [4.0]],
+        "logprobs": [[-0.25] * 6, [-0.5]],
+        "settings": {"do_sample": False, "num_return_sequences": 1, "draft": list(draft)},
+        "ledger": LEDGER,
+        "timing": {"decode_steps": 3, "rounds": 2, "drafted": 6, "accepted": 2, "fallback": 1},
+        **(exact if draft else {}),
+    }
 
 
 class Reader(HTMLParser):
@@ -89,6 +111,56 @@ def test_tokens_say_what_was_spent_on_them() -> None:
     assert told[2]["fused"]
 
 
+def test_a_text_of_exact_mode_says_of_every_token_who_made_it() -> None:
+    told = continuation(generation("bits:4"), 0)
+    assert [token["marks"] for token in told] == [
+        [],
+        ["begins", "drafted"],
+        ["drafted"],
+        ["own"],
+        [],
+        ["begins", "own"],
+    ]
+    notes = [token["note"].split(";")[0] for token in told]
+    assert notes[0] == notes[4] == "decoded plainly"
+    assert notes[1] == notes[2] == "round 1, drafted by bits:4"
+    assert (notes[3], notes[5]) == ("round 1, the dense model's own", "round 2, the dense model's own")
+    assert told[1]["note"].endswith("6 of 6 layers, 32 bits, log-probability -0.25")
+
+
+@pytest.mark.parametrize(
+    ("draft", "kind", "name"),
+    [
+        (["auto"], "lookup", "lookup (auto)"),
+        (["lookup"], "lookup", "lookup"),
+        (["bits:4"], "bits", "bits:4"),
+        (["policy"], "policy", "policy"),
+        (["lens:4"], "lens", "lens:4"),
+        (["lookup", "bits:4"], "cascade", "the cascade lookup → bits:4"),
+    ],
+)
+def test_the_page_names_the_draft_and_has_a_colour_for_it(draft: list[str], kind: str, name: str) -> None:
+    page = render([generation(*draft)])
+    classes = [attributes.get("class") or "" for _, attributes in read(page).tags]
+    assert f"exact mode, drafted by {name}." in page
+    assert f".by-{kind} {{ --draft: var(--{kind}); }}" in page
+    assert page.count(f"--{kind}: ") == 2  # in light and in dark
+    assert classes.count(f"tokens by-{kind}") == 2
+    assert classes.count("begins drafted") == classes.count("begins own") == 1
+    assert "2 of 6" in page
+    assert "&lt;script&gt;" in page
+    assert "<script>" not in page
+
+
+def test_a_text_without_exact_mode_is_coloured_by_layers_and_bits() -> None:
+    plain = generation()
+    page = render([plain])
+    read(page)
+    assert "drafts right" not in page
+    assert [token["marks"] for token in continuation(plain, 1)] == [["low"]]
+    assert continuation(plain, 1)[0]["saved"] == 0.5
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '"x"', "[" * 10**5])
 def test_what_is_no_result_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
@@ -121,7 +193,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to render with")
 @pytest.mark.parametrize("size", ["1280,1600", "390,1600"])
 def test_a_browser_renders_it(tmp_path: Path, size: str) -> None:
-    write_report([result(), calibration()], tmp_path / "report.html")
+    write_report([result(), calibration(), generation("auto")], tmp_path / "report.html")
     shot = tmp_path / "report.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     subprocess.run(
