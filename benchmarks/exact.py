@@ -36,7 +36,7 @@ import numpy as np
 
 from benchmarks import real_model
 from benchmarks.gguf_peers import in_format, llama_cpp_peer
-from benchmarks.harness import environment, read_result, write_result
+from benchmarks.harness import environment, median_ratio, read_result, write_result
 from benchmarks.peers import Generate, transformers_peer
 from benchmarks.quality import WIKITEXT_TRAIN, documents_of
 from benchmarks.quality_report import README, fill
@@ -179,7 +179,7 @@ def peers(model: Model, work: Path) -> dict[str, Candidate]:
 
 
 def measured(prompts: Sequence[str], candidates: dict[str, Candidate], rounds: int) -> dict[str, dict[str, Any]]:
-    """By candidate: what it made first, and medians of what it took; all take their turns.
+    """By candidate: what it made last, and what it took in every round; all take their turns.
 
     What `auto` runs depends on what it measured before, so that it may meet a program late: a round in which anything
     was compiled is run again, `_ATTEMPTS` times at most.
@@ -198,8 +198,8 @@ def measured(prompts: Sequence[str], candidates: dict[str, Candidate], rounds: i
     return {
         name: {
             "last": kept[-1][name],
-            "speed": statistics.median((made - len(prompts)) / one[name].decode_s for one in kept),
-            "whole": statistics.median(made / one[name].whole_s for one in kept),
+            "speed": [(made - len(prompts)) / one[name].decode_s for one in kept],
+            "whole": [made / one[name].whole_s for one in kept],
         }
         for name in candidates
     }
@@ -209,10 +209,10 @@ def judged(model: Model, results: dict[str, dict[str, Any]], prompts: Sequence[s
     """Every draft's speed over that of the same side's plain decoding, and where our tokens part from plain ones."""
     plain: Ran = results["plain"]["last"]
     made = sum(map(len, plain.tokens))
-    row: dict[str, Any] = {"prompt": prompts[0][:40], "tokens": made, "plain": results["plain"]["speed"], "drafts": {}}
+    row: dict[str, Any] = {"prompt": prompts[0][:40], "tokens": made, "plain": _median(results["plain"]), "drafts": {}}
     for name, found in results.items():
         if f"{name}, lookup" in results:  # a peer that decodes plainly
-            row.setdefault("peers", {})[name] = found["speed"]
+            row.setdefault("peers", {})[name] = _median(found)
         if name == "plain" or f"{name}, lookup" in results:
             continue
         own = results[name.partition(",")[0] if "," in name else "plain"]
@@ -220,14 +220,19 @@ def judged(model: Model, results: dict[str, dict[str, Any]], prompts: Sequence[s
         texts = zip(prompts, ran.tokens, plain.tokens, strict=True)
         gaps = [gap(model, ids_of(model, p), a, b) for p, a, b in texts if a != b and "," not in name]
         row["drafts"][name] = {
-            "ratio": found["speed"] / own["speed"],
-            "whole": found["whole"] / own["whole"],
-            "speed": found["speed"],
+            "ratio": median_ratio(found["speed"], own["speed"]),
+            "whole": median_ratio(found["whole"], own["whole"]),
+            "speed": _median(found),
             **({"tokens_per_pass": (made - len(prompts)) / ran.passes} if ran.passes else {}),
             "plain_steps": ran.plain_steps,
             "gaps": gaps,
         }
     return row
+
+
+def _median(found: dict[str, Any]) -> float:
+    """Tokens per second of decoding."""
+    return statistics.median(found["speed"])
 
 
 def same(model: Model, count: int, **sampling: Any) -> dict[str, Any]:
@@ -308,7 +313,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--draft", action="append", help="repeat for several; not a cascade")
     parser.add_argument("--batch", type=int, default=1, choices=(1, 2, 4), help="prompts of a set that go together")
     parser.add_argument("--peers", action="store_true", help="with transformers' and llama.cpp's lookup; batch 1")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one prompt of each set, nothing written")
     parser.add_argument("--report", action="store_true", help="the tables from the stored result, run nothing")
     parser.add_argument("--same", type=int, metavar="N", help="only compare tokens, of N continuations of WikiText")
@@ -332,13 +337,13 @@ def compared(asked: argparse.Namespace) -> dict[str, Any]:
             row = judged(model, measured(prompts, candidates, asked.rounds), prompts)
             sets.setdefault(name, []).append(row)
             print(name, row, flush=True)
-    return {"date": environment()["date"], "batch": asked.batch, "sets": sets}
+    return {"date": environment()["date"], "batch": asked.batch, "rounds": asked.rounds, "sets": sets}
 
 
 def main() -> None:
     asked, stored = parsed(), read_result("exact")
     runs, texts = stored.get("runs", {}), stored.get("same", {})
-    settings = {"tokens": TOKENS, "rounds": asked.rounds}
+    settings = {"tokens": TOKENS}
     if asked.same:
         sampling = {"do_sample": True, "temperature": 0.8} if asked.sample else {"do_sample": False}
         name = f"{asked.model} {asked.dtype}, {'sampled' if asked.sample else 'greedy'}"

@@ -264,7 +264,7 @@ print(documents[share][:300])
 # model.
 
 # %%
-from qs_jax.evaluation.calibration import Goal
+from qs_jax.evaluation.goal import Goal
 from qs_jax.evaluation.study import calibrate_model
 
 found = calibrate_model(model, to_calibrate, plan, [Goal(budget=0.2)])[0]

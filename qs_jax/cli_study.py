@@ -83,6 +83,7 @@ def evaluate(
         chosen = Policy.of(policy)
         from qs_jax.corpus import Corpus
         from qs_jax.evaluation import api
+        from qs_jax.evaluation.goal import broken
         from qs_jax.evaluation.windows import Plan
 
         # what can be wrong without the model is, before it is loaded
@@ -114,13 +115,17 @@ def evaluate(
             return
         _print_evaluation(result)
         for row in result.get("table", ()):
+            over = broken(row["name"], row["perplexity_increase"], result["perplexity_off"])
             print(
                 f"{row['name']:40} perplexity {row['perplexity']:.3f} ({row['perplexity_increase']:+z.3f}), saved "
                 f"{row['flops_reduction']:z.1%} of FLOPs, {row['bytes_reduction']:z.1%} of weight bytes"
+                + (f"; {over}" if over else "")
             )
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:
+    from qs_jax.evaluation.goal import broken
+
     protocol, ledger, interval = result["protocol"], result["ledger"], result["perplexity_increase_interval"]
     between = f" (95 % interval {interval[0]:+z.3f} to {interval[1]:+z.3f})" if interval else ""
     print(
@@ -134,6 +139,8 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         f"{1 - ledger['kv_slots'] / ledger['kv_slots_off']:z.1%} of cache slots; "
         f"{ledger['layers_run_mean']:.2f} layers per token"
     )
+    if over := broken(result["policy"]["name"], result["perplexity_increase"], result["perplexity_off"]):
+        print(over)
 
 
 @common_options()
@@ -161,7 +168,7 @@ def calibrate(
         target = _target(model, out, "policy.json", overwrite=overwrite)
         from qs_jax.corpus import Corpus
         from qs_jax.evaluation import api
-        from qs_jax.evaluation.calibration import Goal
+        from qs_jax.evaluation.goal import Goal
         from qs_jax.evaluation.windows import Plan
 
         # what can be wrong without the model is, before it is loaded

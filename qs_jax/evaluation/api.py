@@ -11,7 +11,7 @@ from qs_jax.corpus import Corpus, Text
 from qs_jax.engine.compilation import METER
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation import lens as fitting
-from qs_jax.evaluation.calibration import Calibrated, Goal
+from qs_jax.evaluation.calibration import Calibrated
 from qs_jax.evaluation.defaults import (
     BATCH,
     CALIBRATION_TOKENS,
@@ -22,6 +22,7 @@ from qs_jax.evaluation.defaults import (
     SIGNAL,
     WINDOW,
 )
+from qs_jax.evaluation.goal import Goal
 from qs_jax.evaluation.perplexity import passes
 from qs_jax.evaluation.study import calibrate_model, calibrated_on, study
 from qs_jax.evaluation.target import free_target

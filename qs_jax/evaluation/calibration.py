@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 from scipy import stats
 
 from qs_jax.adaptive.policy import KvRuleName, Policy
-from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.candidates import (
     BITS_SHARES,
     DECODE_SHARES,
@@ -24,11 +23,11 @@ from qs_jax.evaluation.candidates import (
     stripped,
     uniform_stops,
 )
-from qs_jax.evaluation.defaults import CONFIDENCE
+from qs_jax.evaluation.goal import Goal
 from qs_jax.evaluation.measurements import Measured, Part
 from qs_jax.evaluation.observation import Observed
 from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
-from qs_jax.evaluation.statistics import PerWindow, excess_p_value, increase, linearised_increase, perplexity
+from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase, perplexity
 
 _TESTED = 12
 """Most policies that are tested, in equal steps of what they save."""
@@ -48,56 +47,6 @@ class Bench(Protocol):
     def dense(self, part: Part) -> Measured: ...
     def increase(self, policy: Policy, part: Part) -> float: ...
     def cost(self, policy: Policy) -> float: ...
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Perplexity may rise by `budget`; the chance that a chosen policy truly exceeds it is at most 1 - `confidence`.
-
-    The budget is in points of perplexity; `relative` ones are a share of the dense model's.
-    """
-
-    budget: float
-    confidence: float = CONFIDENCE
-    relative: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget < float("inf"):
-            raise EvaluationError(f"max-ppl-increase is {self.said}, expected a number above 0, or percent")
-        if not 0.5 <= self.confidence < 1:
-            raise EvaluationError(f"confidence is {self.confidence}, expected from 0.5 to below 1")
-
-    @classmethod
-    def of(cls, budget: float | str, confidence: float = CONFIDENCE) -> "Goal":
-        """A number of points, or percent such as `1%`.
-
-        Raises:
-            EvaluationError: neither, or not above 0; a confidence out of range.
-        """
-        said = str(budget).strip()
-        try:
-            number = float(said.removesuffix("%"))
-        except ValueError:
-            raise EvaluationError(
-                f"max-ppl-increase is {said!r}, expected points such as 0.2 or percent such as 1%"
-            ) from None
-        return cls(number / 100 if said.endswith("%") else number, confidence, said.endswith("%"))
-
-    @property
-    def said(self) -> str:
-        """As it is asked for."""
-        return f"{100 * self.budget:g}%" if self.relative else f"{self.budget:g}"
-
-    def points(self, dense: PerWindow) -> float:
-        """The budget in points, where the dense model scores so."""
-        return self.budget * perplexity(dense) if self.relative else self.budget
-
-    def excess_p_value(self, nll: PerWindow, dense: PerWindow) -> float:
-        """How likely such scores would be if the increase were above the budget. A share is tested against the dense
-        model's scores raised by it, so that how sure these are counts as well."""
-        if self.relative:
-            return excess_p_value(nll, dense + math.log1p(self.budget), 0.0)
-        return excess_p_value(nll, dense, self.budget)
 
 
 @dataclass(frozen=True)
@@ -143,7 +92,7 @@ def calibrate(bench: Bench, space: Space, observed: Observed, prefix: int, goals
     the uniform stops with frozen keys and values, where the space has another rule. The test then follows
     `qs_jax.evaluation.risk`.
     """
-    dense = bench.dense("search").values
+    dense = perplexity(bench.dense("search").values)
     pool = search(bench, space, observed, prefix, [goal.points(dense) for goal in goals])
     return [_choose(bench, pool, space, prefix, goal) for goal in goals]
 
@@ -236,7 +185,7 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
     tried = [policy for path, held in tests for policy in path[: len(held) + 1]]
     alone = {rule: accepted(found, p_value, level) for rule, found in stops.items()}
     best = {rule: _row(bench, held[-1], goal, True) if held else None for rule, held in alone.items()}
-    chosen, name = min(trusted, key=bench.cost, default=None), f"calibrated +{goal.said}"
+    chosen, name = min(trusted, key=bench.cost, default=None), goal.name
     return Calibrated(
         policy=stripped(chosen, name) if chosen else Policy(name=name),
         searched=replace(chosen or Policy.off(), name=name),
@@ -251,12 +200,17 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
 def _climbing(bench: Bench, pool: Sequence[Policy], goal: Goal) -> list[Policy]:
     """The ladder through the pool: from saving little to saving most, by what the search part says."""
     estimates = [Estimate(n, bench.increase(p, "search"), bench.cost(p)) for n, p in enumerate(pool)]
-    budget = goal.points(bench.dense("search").values)
+    budget = goal.points(perplexity(bench.dense("search").values))
     return [pool[e.place] for e in ladder(estimates, budget, bench.cost(Policy.off()), _TESTED)]
 
 
 def _p_value(bench: Bench, goal: Goal) -> Callable[[Policy], float]:
-    return lambda policy: goal.excess_p_value(bench.of(policy, "test").values, bench.dense("test").values)
+    dense = bench.dense("test").values
+    if not goal.relative:
+        return lambda policy: excess_p_value(bench.of(policy, "test").values, dense, goal.budget)
+    # against the dense model's scores raised by the share, so that how sure these are counts as well
+    raised = dense + math.log1p(goal.budget)
+    return lambda policy: excess_p_value(bench.of(policy, "test").values, raised, 0.0)
 
 
 def _row(bench: Bench, policy: Policy, goal: Goal, is_accepted: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from qs_jax.errors import EvaluationError
+from qs_jax.evaluation.goal import broken
 from qs_jax.evaluation.plot import histogram, pareto
 from qs_jax.files import write_whole
 
@@ -50,7 +51,13 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"pareto": pareto, "histogram": histogram, "tokens": tokens, "continuation": continuation}
+    environment.globals |= {
+        "pareto": pareto,
+        "histogram": histogram,
+        "tokens": tokens,
+        "continuation": continuation,
+        "broken": broken,
+    }
     environment.filters |= {"percent": _percent, "signed": _signed, "number": _number}
     studies = [result for result in results if "samples" in result]
     calibrations = [result for result in results if "tested" in result]

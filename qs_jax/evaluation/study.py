@@ -8,10 +8,11 @@ from typing import Any
 from qs_jax.adaptive.policy import KvRuleName, Policy, StateSignalName
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET, ablate
-from qs_jax.evaluation.calibration import Calibrated, Goal, calibrate
+from qs_jax.evaluation.calibration import Calibrated, calibrate
 from qs_jax.evaluation.candidates import Space
 from qs_jax.evaluation.defaults import SIGNAL
 from qs_jax.evaluation.freerun import free_run
+from qs_jax.evaluation.goal import Goal
 from qs_jax.evaluation.measurements import Measurements
 from qs_jax.evaluation.observation import Observed, observe
 from qs_jax.evaluation.perplexity import Advance, evaluate

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qs_jax
+from benchmarks.break_even import Scripted
 from qs_jax.adaptive.binding import bind, dense
 from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.ledger import PassCosts
@@ -39,7 +40,7 @@ from tests.invariants.cases import (
     each,
     halfway,
 )
-from tests.invariants.rounds import CLOSE, COUNT, Ran, Scripted, assert_same, run, script
+from tests.invariants.rounds import CLOSE, COUNT, Ran, assert_same, run, script
 from tests.invariants.running import SPECIAL_IDS, imagine_rounds, step_arguments
 from tests.invariants.test_ledger import WIDER
 from tests.tiny import CONFIGS, PROMPTS, SAMPLING, quantised, tiny_model, with_random_lens

@@ -19,7 +19,8 @@ from qs_jax.cli_options import common_options
 from qs_jax.corpus import Corpus
 from qs_jax.errors import CheckpointError, ConfigError, EvaluationError
 from qs_jax.evaluation import api
-from qs_jax.evaluation.calibration import Calibrated, Goal
+from qs_jax.evaluation.calibration import Calibrated
+from qs_jax.evaluation.goal import Goal
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.lens import LENS_FILE
 from qs_jax.model import Model

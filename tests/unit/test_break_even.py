@@ -10,7 +10,7 @@ from benchmarks.harness import read_result
 from tests.tiny import tiny_model
 
 
-@pytest.mark.parametrize(("ratio", "count", "cost"), itertools.product([1.05, 1.4, 2.6], [2, 4, 8], COSTS))
+@pytest.mark.parametrize(("ratio", "count", "cost"), list(itertools.product([1.05, 1.4, 2.6], [2, 4, 8], COSTS)))
 def test_it_is_where_a_round_brings_what_it_costs(ratio: float, count: int, cost: float) -> None:
     least = needed(ratio, count, cost)
     price = ratio + count * cost

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from qs_jax.adaptive.policy import Policy
-from qs_jax.evaluation.calibration import Goal, calibrate
+from qs_jax.evaluation.calibration import _p_value, calibrate
 from qs_jax.evaluation.candidates import Space
+from qs_jax.evaluation.goal import Goal, broken
 from qs_jax.evaluation.measurements import Measured, Measurements, Part
 from tests.known_risk import DEPTH, PREFIX, SPACE, FakeBench, layers_saved, observed
 from tests.study import LETTERS, command, model_folder
@@ -59,13 +60,37 @@ def test_a_budget_too_small_for_anything_gives_the_dense_model() -> None:
     assert found.policy.mechanisms == ()
 
 
+class Shifted(FakeBench):
+    """Scores that are given."""
+
+    def __init__(self, off: np.ndarray, on: np.ndarray):
+        super().__init__(seed=0)
+        self.off, self.on = off, on
+
+    def of(self, policy: Policy, part: Part) -> Measured:
+        values = self.on if policy.mechanisms else self.off
+        return Measured(values.tolist(), layers_run=DEPTH, bits=32, flops_reduction=0.0, bytes_reduction=0.0)
+
+
+def test_a_budget_that_does_not_hold_is_said_to_be_broken() -> None:
+    assert broken("calibrated +0.2", 0.2, 20.0) is None
+    assert broken("calibrated +0.2", 0.31, 20.0) == (
+        "above its budget on this text: calibrated for at most +0.2, it costs +0.310"
+    )
+    assert broken("calibrated +1%", 0.199, 20.0) is None
+    assert "at most +1%, it costs +0.300 (+1.5%)" in (broken("calibrated +1%", 0.3, 20.0) or "")
+    for name in ("off", "mine", "calibrated +", "calibrated +soon", "calibrated +0"):
+        assert broken(name, 5.0, 20.0) is None
+
+
 def test_percent_are_points_of_what_the_dense_model_scores() -> None:
     dense = np.full(40, np.log(20.0))
     noise = np.random.default_rng(0).normal(0, 0.01, 40)
     share = Goal.of("1%")
-    assert (share.points(dense), share.said) == (pytest.approx(0.2), "1%")
+    assert (share.points(20.0), share.said) == (pytest.approx(0.2), "1%")
     for shift in (0.002, 0.008, 0.0099, 0.0101, 0.015):
-        found, points = (goal.excess_p_value(dense + shift + noise, dense) for goal in (share, Goal.of(0.2)))
+        shifted = Shifted(dense, dense + shift + noise)
+        found, points = (_p_value(shifted, goal)(Policy.paper()) for goal in (share, Goal.of(0.2)))
         assert found == pytest.approx(points, abs=0.01)
     found = calibrate(FakeBench(3), SPACE, observed(), PREFIX, [Goal.of("2.7%"), Goal.of("13.5 %")])
     assert [one.policy.name for one in found] == ["calibrated +2.7%", "calibrated +13.5%"]

@@ -171,8 +171,9 @@ def test_tokens_of_rounds_and_of_plain_steps_are_told_apart() -> None:
     emitted = np.asarray([True, True, True, True, False, False])
     chosen = chosen._replace(emitted=emitted[:, None])
     rounds: Any = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), chosen)
-    counts: tuple[Any, ...] = (np.asarray([[2], [2]]), np.asarray([[2], [0]]))
-    made.count(Round(rounds, *counts, None), LIVE)
+    drafted: Any = np.asarray([[2], [2]])
+    accepted: Any = np.asarray([[2], [0]])
+    made.count(Round(rounds, drafted, accepted, None), LIVE)
     made.see(chosen)
     made.see(gained([11]))
     assert made.trace["from_draft"] == [[False, False, True, True, False, False, False]]
