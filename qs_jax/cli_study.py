@@ -143,14 +143,22 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         print(over)
 
 
+def _points_or_percent(said: str | float) -> float | str:
+    """What is no number is left to the function that knows what else it may be."""
+    try:
+        return float(said)
+    except ValueError:
+        return said
+
+
 @common_options()
 def calibrate(
     model: ModelArgument,
     text: Text,
     documents: Documents = DOCUMENTS,
     max_ppl_increase: Annotated[
-        str, typer.Option(metavar="N", help="Perplexity may rise by so many points, or by N%.")
-    ] = str(MAX_PPL_INCREASE),
+        Any, typer.Option(parser=_points_or_percent, metavar="N", help="Perplexity may rise by N points, or by N%.")
+    ] = MAX_PPL_INCREASE,
     confidence: Annotated[float, typer.Option(help="That it does not rise more, from 0.5 to below 1.")] = CONFIDENCE,
     out: Annotated[str | None, typer.Option(help="Policy file to write; by default policy.json in MODEL.")] = None,
     signal: Signal = SIGNAL,
