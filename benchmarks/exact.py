@@ -25,7 +25,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from benchmarks.peers import Generate, transformers_peer
 from benchmarks.quality import WIKITEXT_TRAIN, documents_of
 from benchmarks.quality_report import README, fill
 from benchmarks.shapes import model_named
+from qs_jax.console import aside
 from qs_jax.generation import generate
 from qs_jax.model import Model
 from qs_jax.models.base import forward
@@ -235,8 +236,9 @@ def _median(found: dict[str, Any]) -> float:
     return statistics.median(found["speed"])
 
 
-def same(model: Model, count: int, **sampling: Any) -> dict[str, Any]:
-    """How many of `count` continuations of passages, eight at a time, are those of plain decoding, token for token.
+def same(model: Model, count: int, **sampling: Any) -> Iterator[dict[str, Any]]:
+    """How many of `count` continuations of passages, eight at a time, are those of plain decoding, token for token:
+    after every eight what holds so far.
 
     Greedy ones that are not come with the gap between the two logits; where noise was drawn, that says nothing.
     """
@@ -253,7 +255,9 @@ def same(model: Model, count: int, **sampling: Any) -> dict[str, Any]:
             if a != b:
                 gaps.append(None if sampling["do_sample"] else gap(model, prompt, a, b))
                 print(f"other text than plain; logits apart by {gaps[-1]}", flush=True)
-    return {"prompts": count, "identical": count - len(gaps), "gaps": gaps, "date": environment()["date"]}
+        done = first + len(part)
+        aside(f"{done - len(gaps)} of {done} alike")
+        yield {"prompts": done, "identical": done - len(gaps), "gaps": gaps, "date": environment()["date"]}
 
 
 def of_sets(found: dict[str, Any], draft: str, value: str) -> list[list[Any]]:
@@ -347,9 +351,9 @@ def main() -> None:
     if asked.same:
         sampling = {"do_sample": True, "temperature": 0.8} if asked.sample else {"do_sample": False}
         name = f"{asked.model} {asked.dtype}, {'sampled' if asked.sample else 'greedy'}"
-        texts[name] = same(model_named(asked.model, asked.dtype), asked.same, **sampling)
+        for texts[name] in same(model_named(asked.model, asked.dtype), asked.same, **sampling):
+            write_result("exact", {**settings, "runs": runs, "same": texts})  # an interrupted run has said something
         print(name, texts[name])
-        print(write_result("exact", {**settings, "runs": runs, "same": texts}))
         return
     if not asked.report:
         batch = f", batch {asked.batch}" if asked.batch > 1 else ""
