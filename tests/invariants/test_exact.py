@@ -195,7 +195,7 @@ def test_codes_draft_for_codes(draft: str | tuple[str, ...]) -> None:
     "sampled", [pytest.param({}, id="greedy"), pytest.param(SAMPLING, id="sampled", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("draft", ["bits:8", "bits:4", ("lookup", "bits:4")], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_codes_draft_for_the_dense_weights_beside_them(
     name: str, draft: str | tuple[str, ...], sampled: dict[str, Any]
 ) -> None:

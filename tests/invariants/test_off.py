@@ -83,7 +83,7 @@ def test_off_is_dense_in_bfloat16(name: str) -> None:
     np.testing.assert_allclose(engine.logprobs[0], logprobs, rtol=0, atol=CLOSE_NARROW)
 
 
-@each((*QUICK, LLAMA_NARROW), slow=(*THE_REST, GPT2_NARROW))
+@each(QUICK, slow=(*THE_REST, GPT2_NARROW, LLAMA_NARROW))
 def test_neutral_is_off(case: Case) -> None:
     model = case.model
     expected, engine = off(model), run(model, neutral(case), [PROMPT], NEW_TOKENS, chunk_size=CHUNK)

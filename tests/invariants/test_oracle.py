@@ -66,7 +66,7 @@ def test_engine_is_oracle_under_any_policy(data: st.DataObject) -> None:
     check(data.draw(any_case()), data, 16)
 
 
-@each((GPT2_NARROW,), slow=(LLAMA_NARROW,))
+@each((), slow=(GPT2_NARROW, LLAMA_NARROW))
 def test_engine_is_oracle_in_bfloat16(case: Case) -> None:
     """The oracle computes with the same weights and rounds nothing: texts are those where every decision is clear.
 

@@ -31,7 +31,7 @@ def test_attention_over_two_segments_is_that_over_all_slots(dtype: DTypeLike, qu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "window"), [(384, 384), (384, 50), (269, 269)])
+@pytest.mark.parametrize(("queries", "window"), [(384, 384), pytest.param(384, 50, marks=pytest.mark.slow), (269, 269)])
 def test_many_queries_attend_as_each_does_alone(dtype: DTypeLike, queries: int, window: int) -> None:
     """384 go in blocks, and with a window some see nothing in the first slots; 269 is prime, 5 slots are one block."""
 

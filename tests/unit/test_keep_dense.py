@@ -100,7 +100,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: place / name for name in ("hf", "dense", "codes", "both")}
 
 
-@pytest.mark.parametrize("policy", [PRECISION, SHALLOW], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [PRECISION, pytest.param(SHALLOW, marks=SLOW)], ids=lambda policy: policy.name)
 def test_a_policy_s_bits_are_those_of_the_codes(folders: dict[str, Path], policy: Policy) -> None:
     """At 8 bits all of it is as in codes alone; else what the policy leaves alone is read dense, and counted so."""
     codes, both = (load(folders[name], compilation_cache=False) for name in ("codes", "both"))
@@ -130,6 +130,7 @@ def test_dense_weights_are_verified_strictly_and_codes_roughly(tmp_path: Path, f
     assert report["logit_error"] < 5e-3 < report["codes_logit_error"] < 1
 
 
+@pytest.mark.slow
 def test_codes_that_are_another_model_s_are_not_verified(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ def random_rows(*shape: int) -> jax.Array:
 
 @pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (70,)])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("inputs", [64, 100, 172])
+@pytest.mark.parametrize("inputs", [pytest.param(64, marks=pytest.mark.slow), 100, 172])
 def test_products_are_those_of_the_weights(rows: tuple[int, ...], bits: int, inputs: int) -> None:
     kernel = random_kernel(inputs=inputs)
     x = random_rows(*rows, inputs)

@@ -70,7 +70,14 @@ def hidden(windows: int = 8, window: int = 32) -> jax.Array:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("inputs", "group_size", "bend"), [(128, 128, 0.0), (60, 32, 0.3), (192, 32, 0.0)])
+@pytest.mark.parametrize(
+    ("inputs", "group_size", "bend"),
+    [
+        pytest.param(128, 128, 0.0, marks=pytest.mark.slow),
+        (60, 32, 0.3),
+        pytest.param(192, 32, 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_streamed_products_are_those_of_the_weights(inputs: int, group_size: int, bend: float, bits: int) -> None:
     values = grouped(normal(24, inputs), group_size)
     grid = between_extremes(values)
