@@ -87,7 +87,9 @@ def _signature(call: Call) -> tuple[Any, ...]:
 
 # gpt2's adaptive programs are lowered in test_programs.py too
 @pytest.mark.parametrize(("name", "scenario"), each_scenario(slow=("gpt2 adaptive", "gpt2 exact")))
-@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.slow), "tpu"])
+@pytest.mark.parametrize(
+    "platform", [pytest.param(name, marks=[pytest.mark.slow] if name == "cuda" else []) for name in PLATFORMS]
+)
 def test_every_program_lowers(name: str, scenario: str, platform: str) -> None:
     calls = calls_of(name, scenario)
     assert calls
