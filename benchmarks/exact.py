@@ -306,6 +306,16 @@ def details(runs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def alike(texts: dict[str, Any]) -> str:
+    """How many continuations of passages are those of plain decoding, and how near two logits were where not."""
+    lines = []
+    for name, found in texts.items():
+        gaps = [gap for gap in found["gaps"] if gap is not None]
+        near = f", logits apart by at most {max(gaps):.2g} elsewhere" if gaps else ""
+        lines.append(f"* {name}: {found['identical']:,} of {found['prompts']:,}{near}")
+    return "\n".join(lines)
+
+
 def drafts_of(found: dict[str, Any]) -> list[str]:
     return list(next(iter(found["sets"].values()))[0]["drafts"])
 
@@ -354,6 +364,7 @@ def main() -> None:
         for texts[name] in same(model_named(asked.model, asked.dtype), asked.same, **sampling):
             write_result("exact", {**settings, "runs": runs, "same": texts})  # an interrupted run has said something
         print(name, texts[name])
+        fill(METHOD, {"exact same": alike(texts)})
         return
     if not asked.report:
         batch = f", batch {asked.batch}" if asked.batch > 1 else ""
@@ -363,7 +374,7 @@ def main() -> None:
             return
         print(write_result("exact", {**settings, "runs": (runs := runs | found), "same": texts}))
     fill(README, {"exact": table(runs), "exact short": short(runs)})
-    fill(METHOD, {"exact details": details(runs)})
+    fill(METHOD, {"exact details": details(runs), "exact same": alike(texts)})
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def test_readme_says_what_exact_mode_s_result_says() -> None:
         page = path.read_text("utf-8")
         for name, made in blocks.items():
             assert replaced(page, name, made(runs)) == page
+    page = exact.METHOD.read_text("utf-8")
+    assert replaced(page, "exact same", exact.alike(read_result("exact")["same"])) == page
 
 
 def test_a_result_is_stored_with_the_environment_of_its_own_run(
