@@ -25,7 +25,6 @@ import argparse
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from benchmarks.harness import environment, read_result, write_result
-from benchmarks.quality_report import fill
+from benchmarks.quality_report import METHOD, fill
 from benchmarks.shapes import NAMES, model_named
 from qs_jax.adaptive.binding import dense
 from qs_jax.adaptive.ledger import PassCosts, Tally
@@ -47,7 +46,6 @@ from qs_jax.model import Model
 from qs_jax.models.base import CausalLM
 from qs_jax.pytree import STATIC
 
-PAGE = Path(__file__).parents[1] / "docs" / "method.md"
 COUNTS = (2, 4, 8)
 FORCED = (0.0, 0.8, 1.0)
 COSTS = (0.0, 0.125, 0.25, 0.5)
@@ -182,7 +180,7 @@ def main() -> None:
         print(write_result("break_even", {"forced": FORCED, "runs": runs}))
         print(f"{asked.model} {dtype}: {time.perf_counter() - started:.0f} s", flush=True)
     print(table(runs))
-    fill(PAGE, {"break even": table(runs)})
+    fill(METHOD, {"break even": table(runs)})
 
 
 if __name__ == "__main__":

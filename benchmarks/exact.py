@@ -39,7 +39,7 @@ from benchmarks.gguf_peers import in_format, llama_cpp_peer
 from benchmarks.harness import environment, median_ratio, read_result, write_result
 from benchmarks.peers import Generate, transformers_peer
 from benchmarks.quality import WIKITEXT_TRAIN, documents_of
-from benchmarks.quality_report import README, fill
+from benchmarks.quality_report import METHOD, README, fill
 from benchmarks.shapes import model_named
 from qs_jax.console import aside
 from qs_jax.generation import generate
@@ -96,7 +96,6 @@ DRAFTS = ("lookup", "auto")
 PEERS_LOOK_UP = 8
 """Drafts a round of peers that look up, as of ours at most."""
 
-METHOD = Path(__file__).parents[1] / "docs" / "method.md"
 WARM = 4
 _ATTEMPTS = 6
 PASSAGE, _BATCH = 64, 8
@@ -129,6 +128,11 @@ class Ran(NamedTuple):
     compiled: bool = False
     passes: int = 0
     plain_steps: int = 0
+
+    @property
+    def decoded(self) -> int:
+        """Tokens after each row's first."""
+        return sum(map(len, self.tokens)) - len(self.tokens)
 
 
 Candidate = Callable[[Sequence[str], Sequence[int]], Ran]
@@ -195,12 +199,11 @@ def measured(prompts: Sequence[str], candidates: dict[str, Candidate], rounds: i
             break
     else:
         raise AssertionError(f"{prompts[0][:40]!r}: programs are still compiled after {rounds + _ATTEMPTS} rounds")
-    made = sum(lengths)
     return {
         name: {
             "last": kept[-1][name],
-            "speed": [(made - len(prompts)) / one[name].decode_s for one in kept],
-            "whole": [made / one[name].whole_s for one in kept],
+            "speed": [one[name].decoded / one[name].decode_s for one in kept],
+            "whole": [(one[name].decoded + len(prompts)) / one[name].whole_s for one in kept],
         }
         for name in candidates
     }
@@ -209,7 +212,7 @@ def measured(prompts: Sequence[str], candidates: dict[str, Candidate], rounds: i
 def judged(model: Model, results: dict[str, dict[str, Any]], prompts: Sequence[str]) -> dict[str, Any]:
     """Every draft's speed over that of the same side's plain decoding, and where our tokens part from plain ones."""
     plain: Ran = results["plain"]["last"]
-    made = sum(map(len, plain.tokens))
+    made = plain.decoded + len(prompts)
     row: dict[str, Any] = {"prompt": prompts[0][:40], "tokens": made, "plain": _median(results["plain"]), "drafts": {}}
     for name, found in results.items():
         if f"{name}, lookup" in results:  # a peer that decodes plainly
@@ -224,7 +227,7 @@ def judged(model: Model, results: dict[str, dict[str, Any]], prompts: Sequence[s
             "ratio": median_ratio(found["speed"], own["speed"]),
             "whole": median_ratio(found["whole"], own["whole"]),
             "speed": _median(found),
-            **({"tokens_per_pass": (made - len(prompts)) / ran.passes} if ran.passes else {}),
+            **({"tokens_per_pass": ran.decoded / ran.passes} if ran.passes else {}),
             "plain_steps": ran.plain_steps,
             "gaps": gaps,
         }
@@ -283,7 +286,7 @@ def short(runs: dict[str, Any]) -> str:
     """README's first word on it: what `auto` brings in the first run."""
     name, found = next(iter(runs.items()))
     gains = (statistics.mean(part) for part in of_sets(found, "auto", "ratio"))
-    said = ", ".join(f"{gain:.2f} times on {of}" for gain, of in zip(gains, SETS, strict=True))
+    said = ", ".join(f"{gain:.2f} times as fast on {of}" for gain, of in zip(gains, SETS, strict=True))
     return (
         f"**The same text in less time**: `--exact` decodes {said}\n({name}; "
         "[below](#the-same-text-in-less-time)). What is saved at a cost in quality comes after."
@@ -333,7 +336,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--same", type=int, metavar="N", help="only compare tokens, of N continuations of WikiText")
     parser.add_argument("--sample", action="store_true", help="with --same: drawn at temperature 0.8")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qs_jax-peers", help="for peers")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.peers and (asked.model, asked.batch) != (real_model.NAME, 1):
+        parser.error(f"peers have the weights of {real_model.NAME}, and their lookup one prompt at a time")
+    return asked
 
 
 def compared(asked: argparse.Namespace) -> dict[str, Any]:

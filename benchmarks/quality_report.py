@@ -10,6 +10,7 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = Path(__file__).parents[1] / "README.md"
+METHOD = PAGE.with_name("method.md")
 TEXTS = {
     "wikitext103-test.raw.txt": "WikiText-103 test",
     "c4-sample.jsonl": "C4",

@@ -29,9 +29,9 @@ from benchmarks.speed import PROMPT_TOKENS, our_generate, same_prompts
 from qs_jax.model import Model
 
 
-def request(model: Model, batch: int, steps: int, drafts: int) -> Callable[[], Any]:
-    """Something that takes so many plain steps, or rounds of so many drafts that are all wrong."""
-    prompts = same_prompts(model, batch, PROMPT_TOKENS)
+def request(model: Model, batch: int, tokens: int, steps: int, drafts: int) -> Callable[[], Any]:
+    """Something that takes so many plain steps behind a prompt, or rounds of so many drafts that are all wrong."""
+    prompts = same_prompts(model, batch, tokens)
     if not drafts:
         return partial(our_generate(model), prompts, steps + 1)
     text = decoded(model, prompts[0], steps + 1).tokens
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--drafts", type=int, default=0, help="rounds of so many in place of steps; batch 1")
+    parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS, help="tokens of it")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--show", type=int, default=16, help="longest kinds to print")
     parser.add_argument("--quick", action="store_true", help="4 steps, nothing written")
@@ -84,7 +85,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{program}.*"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
-        run = request(model_named(arguments.model, arguments.dtype), arguments.batch, steps, arguments.drafts)
+        run = request(
+            model_named(arguments.model, arguments.dtype), arguments.batch, arguments.prompt, steps, arguments.drafts
+        )
         spent = traced(Path(folder) / "trace", run, program, steps)
         texts = [path.read_text("utf-8") for path in Path(folder).glob("*after_optimizations.txt")]
     kinds = by_kind(spent, "\n".join(texts))
@@ -95,7 +98,8 @@ def main() -> None:
     if not arguments.quick:
         rows = read_result("step_profile").get("profiles", {})
         kind = f"{arguments.drafts} drafts" if arguments.drafts else f"batch {arguments.batch}"
-        key = f"{arguments.model} {arguments.dtype} {kind}"
+        behind = f" after {arguments.prompt} tokens" if arguments.prompt != PROMPT_TOKENS else ""
+        key = f"{arguments.model} {arguments.dtype} {kind}{behind}"
         facts = {"steps": steps, "date": environment()["date"], "cpu": environment()["cpu"]}
         rows[key] = {**facts, "total_ms": sum(spent.values()), "kinds": kinds[: arguments.show]}
         print(write_result("step_profile", {"profiles": rows}))

@@ -36,6 +36,7 @@ from qs_jax.evaluation.defaults import (
     SIGNAL,
     WINDOW,
 )
+from qs_jax.evaluation.goal import Goal, broken
 from qs_jax.evaluation.target import free_target
 
 EVAL_EXAMPLES = """Examples:
@@ -83,7 +84,6 @@ def evaluate(
         chosen = Policy.of(policy)
         from qs_jax.corpus import Corpus
         from qs_jax.evaluation import api
-        from qs_jax.evaluation.goal import broken
         from qs_jax.evaluation.windows import Plan
 
         # what can be wrong without the model is, before it is loaded
@@ -124,8 +124,6 @@ def evaluate(
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:
-    from qs_jax.evaluation.goal import broken
-
     protocol, ledger, interval = result["protocol"], result["ledger"], result["perplexity_increase_interval"]
     between = f" (95 % interval {interval[0]:+z.3f} to {interval[1]:+z.3f})" if interval else ""
     print(
@@ -176,7 +174,6 @@ def calibrate(
         target = _target(model, out, "policy.json", overwrite=overwrite)
         from qs_jax.corpus import Corpus
         from qs_jax.evaluation import api
-        from qs_jax.evaluation.goal import Goal
         from qs_jax.evaluation.windows import Plan
 
         # what can be wrong without the model is, before it is loaded

@@ -24,7 +24,6 @@ class Detokenizer:
         self._pending = _clean_end(tokenizer, prompt)
         self._context = len(self._pending)
         self._shown = self._decode(self._pending)
-        self.text = ""
 
     def push(self, token: int) -> str:
         """Add a token; returns the text it completes, possibly empty."""
@@ -40,7 +39,6 @@ class Detokenizer:
         if len(whole) <= len(self._shown) or (whole.endswith(_REPLACEMENT) and not final):
             return ""
         piece = whole[len(self._shown) :]
-        self.text += piece
         # what was just completed becomes the context of what comes next
         self._pending = self._pending[self._context :]
         self._context = len(self._pending)

@@ -258,7 +258,8 @@ def calibrate(
         >>> policy = qs_jax.calibrate(model, "train.txt", max_ppl_increase=0.2).policy
         >>> qs_jax.generate(model, "Once upon a time", policy=policy)
     """
-    watch, target = _Watch(), None if out is None else free_target(Path(out), overwrite=overwrite)
+    watch = _Watch()
+    target = None if out is None else free_target(Path(out), overwrite=overwrite)
     if signal not in get_args(StateSignalName):
         raise EvaluationError(not_among("signal", signal, get_args(StateSignalName)))
     goal, plan = Goal.of(max_ppl_increase, confidence), Plan(prefix, window, max_tokens, batch)
@@ -304,7 +305,8 @@ def fit_lens(
         >>> qs_jax.fit_lens(model, "some.txt", out="model/lens.safetensors").explained
         >>> model = qs_jax.load("model")  # halted tokens can follow it from here on
     """
-    watch, target = _Watch(), None if out is None else free_target(Path(out), overwrite=overwrite)
+    watch = _Watch()
+    target = None if out is None else free_target(Path(out), overwrite=overwrite)
     corpus = Corpus.of(text, documents)
     windows = whole(model, corpus.documents, max_tokens)
     advance(0, total=model.config.num_hidden_layers)

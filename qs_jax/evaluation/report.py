@@ -15,8 +15,9 @@ from qs_jax.files import write_whole
 _TEMPLATE = "report.html.jinja"
 _EVAL_KEYS = ("model", "perplexity", "perplexity_off", "ledger", "protocol", "samples", "layers_histogram")
 _CALIBRATION_KEYS = ("max_ppl_increase", "tested", "policy")
-_NO_ROUND = -1
 _GENERATE_KEYS = ("model", "depth", "prompts", "pieces", "settings", "ledger", "timing")
+
+_NO_ROUND = -1
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -99,11 +99,8 @@ print(json.dumps(benchmark.benchmark(model, prompt_tokens=4, new_tokens=2, repea
 """
 
 
-@pytest.mark.parametrize(
-    "lacks",
-    ["fcntl resource", "fcntl", "resource", "termios pwd grp"],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("lacks", ["fcntl resource", "fcntl", "resource", "termios pwd grp"])
 def test_a_system_without_fcntl_and_resource_converts_and_measures(tmp_path: Path, lacks: str) -> None:
     """zylon-ai/private-gpt issue 2350 and vllm-project/vllm issue 12858: Windows has neither, and nothing started."""
     folder = write_folder(tmp_path / "hf", "llama")

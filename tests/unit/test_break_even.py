@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.break_even import COSTS, PAGE, decoded, needed, script, table
+from benchmarks.break_even import COSTS, decoded, needed, script, table
 from benchmarks.harness import read_result
+from benchmarks.quality_report import METHOD
 from tests.tiny import tiny_model
 
 
@@ -34,4 +35,4 @@ def test_a_script_is_right_as_often_as_it_is_told() -> None:
 
 
 def test_the_page_shows_what_was_measured() -> None:
-    assert table(read_result("break_even")["runs"]) in PAGE.read_text("utf-8")
+    assert table(read_result("break_even")["runs"]) in METHOD.read_text("utf-8")

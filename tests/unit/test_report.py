@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qs_jax.cli_study import _print_evaluation
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.report import continuation, read_result, render, tokens, write_report
 from tests.results import DEPTH, HOSTILE, LEDGER, result, scored
@@ -81,6 +82,13 @@ def test_a_broken_budget_is_said_beside_the_policy_and_in_the_table() -> None:
     page = render([{**result(), "table": risen, "perplexity_increase": 0.31, "perplexity_off": 20.0}])
     assert page.count("above its budget on this text: calibrated for at most +0.2, it costs ") == 2
     assert "above its budget" not in render([{**kept, "perplexity_increase": 0.2}])
+
+
+@pytest.mark.parametrize(("increase", "said"), [(0.2, False), (0.31, True)])
+def test_a_broken_budget_is_printed(increase: float, said: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = {**LEDGER, "layers_run_mean": 5.0}
+    _print_evaluation({**result(), "ledger": ledger, "perplexity_increase": increase})
+    assert ("above its budget on this text" in capsys.readouterr().out) == said
 
 
 def test_the_page_shows_everything_and_asks_for_nothing() -> None:

@@ -14,7 +14,7 @@ from benchmarks.gguf_peers import FILE_TYPES, in_format
 from benchmarks.gpu import descend
 from benchmarks.harness import read_result, write_result
 from benchmarks.host_overhead import host_seconds_per_chunk
-from benchmarks.quality_report import README, replaced
+from benchmarks.quality_report import METHOD, README, replaced
 from benchmarks.scaling import BASE, panels, points
 from benchmarks.shapes import nested_model
 from benchmarks.speed import OURS, agreement, compared, merged, seconds_per_step, table
@@ -109,12 +109,12 @@ def test_a_file_in_another_format_holds_the_same_model(tmp_path: Path) -> None:
 
 def test_readme_says_what_exact_mode_s_result_says() -> None:
     runs = read_result("exact")["runs"]
-    told = {README: {"exact": exact.table, "exact short": exact.short}, exact.METHOD: {"exact details": exact.details}}
+    told = {README: {"exact": exact.table, "exact short": exact.short}, METHOD: {"exact details": exact.details}}
     for path, blocks in told.items():
         page = path.read_text("utf-8")
         for name, made in blocks.items():
             assert replaced(page, name, made(runs)) == page
-    page = exact.METHOD.read_text("utf-8")
+    page = METHOD.read_text("utf-8")
     assert replaced(page, "exact same", exact.alike(read_result("exact")["same"])) == page
 
 

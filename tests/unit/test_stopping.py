@@ -25,14 +25,14 @@ def test_a_character_over_several_tokens_comes_out_whole(text: str) -> None:
     pieces = [detokenizer.push(byte) for byte in text.encode()]
     assert [piece for piece in pieces if piece] == list(text)
     assert detokenizer.flush() == ""
-    assert detokenizer.text == text
+    assert "".join(pieces) == text
 
 
 def test_bytes_that_never_become_a_character_come_out_at_the_end() -> None:
     detokenizer = Detokenizer(byte_tokenizer(), list(b"prompt"))
-    assert [detokenizer.push(byte) for byte in b"a\xe2\x82"] == ["a", "", ""]
+    pieces = [detokenizer.push(byte) for byte in b"a\xe2\x82"]
+    assert pieces == ["a", "", ""]
     assert set(detokenizer.flush()) == {"\ufffd"}
-    assert detokenizer.text.startswith("a")
 
 
 def test_a_stop_string_is_found_where_it_is_completed_and_only_there() -> None:
@@ -63,7 +63,6 @@ def test_pieces_join_to_the_text_and_hold_whole_characters(prompt: str, text: st
     if "\ufffd" not in prompt + text:
         assert [piece for piece in pieces if piece] == list(text)
     assert "".join(pieces) + detokenizer.flush() == text
-    assert detokenizer.text == text
 
 
 @given(
