@@ -12,7 +12,7 @@ from qs_jax.checkpoint import is_converted, read_manifest, read_parts
 from qs_jax.config import ModelConfig
 from qs_jax.files import ModelFiles
 from qs_jax.kernels import TwofoldKernel
-from qs_jax.lens import LENS_FILE, Lens, with_lens
+from qs_jax.lens import DIRECT_LENS_FILE, LENS_FILE, DirectLens, Lens, with_direct_lens, with_lens
 from qs_jax.matryoshka.stored import collect, dense_path, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM
@@ -39,6 +39,8 @@ def read_network(files: ModelFiles, dtype: jnp.dtype, notes: list[str], *, check
     network = network_from_arrays(config, arrays, dtype=dtype)
     if folder is not None and (folder / LENS_FILE).is_file():
         network = with_lens(network, Lens.load(folder / LENS_FILE, config))
+    if folder is not None and (folder / DIRECT_LENS_FILE).is_file():
+        network = with_direct_lens(network, DirectLens.load(folder / DIRECT_LENS_FILE, config))
     return network
 
 

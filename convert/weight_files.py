@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from qs_jax.errors import CheckpointError
 from qs_jax.files import LONGEST_NAME
-from qs_jax.lens import LENS_FILE
+from qs_jax.lens import DIRECT_LENS_FILE, LENS_FILE
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,7 +91,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _note_unread(folder: Path, read: set[str], notes: list[str]) -> None:
-    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in {*read, LENS_FILE})
+    known = {*read, LENS_FILE, DIRECT_LENS_FILE}
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in known)
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         notes.append(f"{folder}: {', '.join(others[:3])}{more} beside the weights: not read")

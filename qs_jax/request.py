@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from qs_jax.adaptive.binding import BoundPolicy, bind
+from qs_jax.adaptive.kv_rules import Means
 from qs_jax.adaptive.policy import Policy
 from qs_jax.choices import is_whole
 from qs_jax.drafting import drafting
@@ -13,7 +14,6 @@ from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.generation_config import GenerationSettings
-from qs_jax.kernels import has_planes
 from qs_jax.model import Model
 from qs_jax.tokenizer import Message
 
@@ -68,12 +68,10 @@ def bind_policy(model: Model, policy: Policy) -> BoundPolicy:
     Raises:
         PolicyError: the policy asks for what the model does not have.
     """
-    network = model.network
     return bind(
         policy,
         model.config,
-        planes=has_planes(network),
-        lens=network.shortcuts is not None,
+        Means.of(model.network),
         special_ids=model.special_ids,
     )
 

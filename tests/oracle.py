@@ -30,6 +30,7 @@ class Token:
     state: np.ndarray
     protected: bool
     size: int = 1
+    embedded: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass
@@ -157,7 +158,8 @@ class Decoder:
         for place in range(start, min(start + self.piece, len(prompt))):
             ends = place < policy.protect_first or place >= len(prompt) - policy.protect_last
             protected = ends or prompt[place] in self.special
-            going.append(Token(place, prompt[place], place, network.embed(prompt[place], place), protected))
+            state = network.embed(prompt[place], place)
+            going.append(Token(place, prompt[place], place, state, protected, embedded=state))
         for layer in range(self.depth):
             passes = self._layer(layer, going, resting)
             after = layer + 1
@@ -167,6 +169,9 @@ class Decoder:
             absorbed = self._fused(going, halted, after, outcome)
             for place in halted:
                 outcome.prompt_layers_run[place] = after
+            for token in going:
+                if token.place in halted and policy.kv_rule == "direct":
+                    token.state = network.latent([token.embedded, token.state])
             resting += [token for token in going if token.place in halted]
             going = [token for token in going if token.place not in halted | absorbed]
         return going[-1].state if start + self.piece >= len(prompt) else np.empty(0)
@@ -179,7 +184,10 @@ class Decoder:
             self._leave(layer, token, *network.kv(layer, token.state, token.position))
         if rule != "drop":
             for token in resting:
-                k, v = lower.kv(layer, token.state, token.position)
+                if rule == "direct":
+                    k, v = network.direct_kv(layer - self._stop, token.state, token.position)
+                else:
+                    k, v = lower.kv(layer, token.state, token.position)
                 zero = rule == "zero"
                 self._leave(layer, token, *((np.zeros_like(k), np.zeros_like(v)) if zero else (k, v)))
         passes = [self._pass(network, layer, token) for token in going]
@@ -193,6 +201,14 @@ class Decoder:
         for token, seen in zip(going, passes, strict=True):
             token.state = seen.after
         return passes
+
+    @property
+    def _stop(self) -> int:
+        """After which layer prompt tokens halt, where there is one."""
+        halting = self.policy.prompt_halting
+        assert halting is not None
+        assert halting.layers is not None
+        return halting.layers[0]
 
     def _leave(self, layer: int, token: Token, key: np.ndarray, value: np.ndarray) -> None:
         fusion = self.policy.fusion

@@ -66,6 +66,16 @@ class Network:
         down, up, bias = (self.arrays[f"shortcuts.{layer - 1}.{name}"] for name in ("down", "up", "bias"))
         return state + up @ (down @ state) + bias
 
+    def latent(self, states: Sequence[np.ndarray]) -> np.ndarray:
+        """What the direct lens keeps of a token, of its states at the embedding and where it stops."""
+        x = np.concatenate([state / np.sqrt((state**2).mean() + 1e-6) for state in states])
+        return self.arrays["direct.0.down"] @ x
+
+    def direct_kv(self, layer: int, latent: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the direct lens makes of that in a layer, counted from the one after the stop."""
+        k, v = np.split(self.arrays[f"direct.0.up.{layer}"] @ latent + self.arrays[f"direct.0.bias.{layer}"], 2)
+        return self._rotated(self._heads(k), position), self._heads(v)
+
     def logits(self, state: np.ndarray) -> np.ndarray:
         kernel = self.arrays.get("lm_head.kernel", self.arrays["embedding.table"])
         return (kernel @ self._norm("output_norm", state))[: self.config.vocab_size]

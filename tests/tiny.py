@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 
 from qs_jax.fitting.rounding import round_to_nearest
 from qs_jax.kernels import TwofoldKernel
-from qs_jax.lens import Lens, with_lens
+from qs_jax.lens import DirectLens, DirectMap, Lens, with_direct_lens, with_lens
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, forward, network_from_arrays, parse_config, random_network
 from qs_jax.tokenizer import Tokenizer
@@ -103,6 +103,15 @@ def with_random_lens(model: Model) -> Model:
     shapes = (layers, LENS_RANK, hidden), (layers, hidden, LENS_RANK), (layers, hidden)
     lens = Lens(*(rng.normal(0, 0.1, shape) for shape in shapes))
     return replace(model, network=with_lens(model.network, lens), name=f"{model.name} with a lens")
+
+
+def with_random_direct_lens(model: Model, stop: int) -> Model:
+    """The model with a direct lens for tokens that stop after so many layers, which looks back to the embedding."""
+    rng, config = np.random.default_rng(4), model.config
+    layers, features = config.num_hidden_layers - stop, 2 * config.num_key_value_heads * config.head_dim
+    shapes = (LENS_RANK, 2 * config.hidden_size), (layers, features, LENS_RANK), (layers, features)
+    lens = DirectLens((DirectMap((0, stop), *(rng.normal(0, 0.3, shape) for shape in shapes)),))
+    return replace(model, network=with_direct_lens(model.network, lens), name=f"{model.name} with a direct lens")
 
 
 def quantised(model: Model, *, keep_dense: bool = False) -> Model:

@@ -9,7 +9,7 @@ import jax
 
 from qs_jax.adaptive.fusion import BoundFusion
 from qs_jax.adaptive.halting import BoundHalting
-from qs_jax.adaptive.kv_rules import KV_RULES, KvRule
+from qs_jax.adaptive.kv_rules import KV_RULES, KvRule, Means
 from qs_jax.adaptive.policy import Policy
 from qs_jax.adaptive.precision import BoundPrecision
 from qs_jax.adaptive.protection import Protection
@@ -110,17 +110,14 @@ class BoundPolicy:
         return any(part.remembers for part in self.on_generated)
 
 
-def bind(
-    policy: Policy, config: ModelConfig, *, planes: bool, lens: bool = False, special_ids: Sequence[int] = ()
-) -> BoundPolicy:
+def bind(policy: Policy, config: ModelConfig, has: Means = Means(), *, special_ids: Sequence[int] = ()) -> BoundPolicy:
     """Fit a policy to a model.
 
     Args:
         policy: what to fit.
         config: the model's configuration.
-        planes: whether the model's weights are Matryoshka codes. Without them `precision` is left out, since there is
-            nothing to read at fewer bits.
-        lens: whether the model has an affine lens.
+        has: what the model has. Without Matryoshka codes `precision` is left out, since there is nothing to read at
+            fewer bits.
         special_ids: ids of the model's special tokens.
 
     Raises:
@@ -129,7 +126,7 @@ def bind(
     """
     depth, prompt, decode = config.num_hidden_layers, policy.prompt_halting, policy.decode_halting
     rule = KV_RULES[policy.kv_rule](policy)
-    lacking = rule.lacks(planes=planes, lens=lens)
+    lacking = rule.lacks(has)
     if lacking and (prompt or decode):
         raise PolicyError(lacking)
     halting = BoundHalting.bind(prompt, "prompt_halting", depth) if prompt else None
@@ -139,7 +136,7 @@ def bind(
         prompt_halting=halting,
         decode_halting=BoundHalting.bind(decode, "decode_halting", depth) if decode else None,
         fusion=BoundFusion.bind(policy.fusion, depth) if policy.fusion else None,
-        precision=BoundPrecision.bind(policy.precision, depth) if policy.precision and planes else None,
+        precision=BoundPrecision.bind(policy.precision, depth) if policy.precision and has.planes else None,
         protection=Protection.bind(policy, special_ids),
         kv_rule=rule,
         shortlist=min(policy.probe.shortlist, config.vocab_size),
@@ -149,7 +146,7 @@ def bind(
 
 def dense(config: ModelConfig) -> BoundPolicy:
     """The policy that is off."""
-    return bind(Policy.off(), config, planes=False)
+    return bind(Policy.off(), config)
 
 
 def _spans(parts: Iterable[Mechanism], depth: int) -> tuple[Span, ...]:

@@ -13,6 +13,7 @@ from flax import nnx
 from qs_jax.choices import BITS
 from qs_jax.kernels import most_bits, plane_bytes, weights
 from qs_jax.models.base import Block, CausalLM
+from qs_jax.models.layers import DirectKv
 
 ENTROPY_FLOPS = 6
 """Per vocabulary entry: shift, exponential, two products and sums."""
@@ -41,8 +42,24 @@ class LayerCosts:
 
 
 @dataclass(frozen=True)
+class DirectCosts:
+    """Of the direct lens for one stop: what it keeps of a token, and keys and values of it in one layer."""
+
+    settle_flops: int
+    settle_bytes: int
+    kv_flops: int
+    kv_bytes: int
+
+    @classmethod
+    def of(cls, direct: DirectKv) -> "DirectCosts":
+        down, up = direct.down.get_value(), direct.up[0].get_value()
+        return cls(2 * down.size, down.nbytes, 2 * up.size, up.nbytes)
+
+
+@dataclass(frozen=True)
 class Costs:
-    """Constants of a model. `shortcut_…` are of the lens's stand-in for one layer; 0 without a lens.
+    """Constants of a model. `shortcut_…` are of the lens's stand-in for one layer; 0 without a lens. `direct` are those
+    of the direct lens, by stop.
 
     `bits` are those of a weight where nobody asks for fewer: of dense weights where there are any beside codes.
     """
@@ -55,6 +72,7 @@ class Costs:
     head_bytes: Mapping[int, int]
     shortcut_flops: int
     shortcut_bytes: int
+    direct: Mapping[int, "DirectCosts"]
     slot_bytes: int
     bits: int
 
@@ -78,6 +96,7 @@ class Costs:
             head_bytes={bits: plane_bytes(head, at) for bits, at in _asked(most).items()},
             shortcut_flops=_flops(model.shortcuts[0]) if model.shortcuts else 0,
             shortcut_bytes=plane_bytes(model.shortcuts[0], None) if model.shortcuts else 0,
+            direct={part.stop: DirectCosts.of(part) for part in model.direct or ()},
             slot_bytes=2 * config.num_key_value_heads * config.head_dim * itemsize,
             bits=most,
         )

@@ -9,12 +9,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.adaptive.costs import Costs, LayerCosts
+from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.policy import KvRuleName, Policy
+from qs_jax.kernels import has_planes
 from qs_jax.models import alike
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden, Positions
+
+Kept = Float[Array, "batch tokens kept"]
+"""What a rule keeps of resting tokens: their states, or something smaller."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a model has that a policy may need: Matryoshka codes, an affine lens, a direct one and for which stops."""
+
+    planes: bool = False
+    lens: bool = False
+    direct_stops: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: CausalLM) -> "Means":
+        return cls(has_planes(model), model.shortcuts is not None, model.direct_stops)
 
 
 class KvRule:
@@ -32,12 +49,22 @@ class KvRule:
     keeps_running: bool = False
     leaves_own: bool = False
 
-    def lacks(self, *, planes: bool, lens: bool) -> str | None:
+    def lacks(self, has: Means) -> str | None:
         """What of the model's it needs and misses, with advice; None where nothing is missing."""
         return None
 
-    def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
-        """Keys and values that resting tokens leave in a layer."""
+    def looks_back(self, model: CausalLM) -> tuple[int, ...]:
+        """After how many layers states are set aside for the time when their token rests; rising."""
+        return ()
+
+    def settle(self, model: CausalLM, layers_run: int, hidden_states: Hidden, aside: tuple[Hidden, ...]) -> Kept:
+        """What is kept of tokens that enter a stage at rest, after so many layers, given what was set `aside`."""
+        return hidden_states
+
+    def kv(
+        self, model: CausalLM, layer: int, block: Block, hidden_states: Kept, positions: Positions
+    ) -> tuple[Heads, Heads]:
+        """Keys and values that resting tokens leave in a layer: this one, counted from 0, at the bits to be read."""
         config = block.config
         shape = (*hidden_states.shape[:2], config.num_key_value_heads, config.head_dim)
         empty = jnp.zeros(shape, hidden_states.dtype)
@@ -60,12 +87,24 @@ class KvRule:
         """The most bits that halted tokens read, where they read fewer than others."""
         return None
 
-    def kv_flops(self, layer: LayerCosts) -> int:
+    def settle_flops(self, costs: Costs, layers_run: int) -> int:
+        """Of `settle`, per token."""
+        return 0
+
+    def settle_bytes(self, costs: Costs, layers_run: int) -> int:
+        """Weights that `settle` reads."""
+        return 0
+
+    def kv_flops(self, costs: Costs, layer: int) -> int:
         """Of `kv`, per token."""
         return 0
 
-    def kv_bytes(self, layer: LayerCosts, bits: int) -> int:
+    def kv_bytes(self, costs: Costs, layer: int, bits: int) -> int:
         """Weights of the layer that `kv` reads; a pass in which others run reads them anyway."""
+        return 0
+
+    def kv_bytes_beside(self, costs: Costs) -> int:
+        """Weights beside the model's own that `kv` reads per layer."""
         return 0
 
     def carry_flops(self, costs: Costs) -> int:
@@ -98,22 +137,24 @@ class Frozen(KvRule):
 
     leaves_own = True
 
-    def kv(self, block: Block, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
+    def kv(
+        self, model: CausalLM, layer: int, block: Block, hidden_states: Hidden, positions: Positions
+    ) -> tuple[Heads, Heads]:
         return alike.kv(block, hidden_states, positions)
 
-    def kv_flops(self, layer: LayerCosts) -> int:
-        return layer.kv_flops
+    def kv_flops(self, costs: Costs, layer: int) -> int:
+        return costs.layers[layer].kv_flops
 
-    def kv_bytes(self, layer: LayerCosts, bits: int) -> int:
-        return layer.kv_bytes[bits]
+    def kv_bytes(self, costs: Costs, layer: int, bits: int) -> int:
+        return costs.layers[layer].kv_bytes[bits]
 
 
 @dataclass(frozen=True)
 class Affine(Frozen):
     """Keys and values projected from a state that the model's lens (`qs_jax.lens`) carries on through every layer."""
 
-    def lacks(self, *, planes: bool, lens: bool) -> str | None:
-        return None if lens else "kv_rule affine needs a lens; fit one with qs-jax lens"
+    def lacks(self, has: Means) -> str | None:
+        return None if has.lens else "kv_rule affine needs a lens; fit one with qs-jax lens"
 
     def carry(self, model: CausalLM, layer: int, hidden_states: Hidden) -> Hidden:
         return model.shortcut(layer, hidden_states)
@@ -126,6 +167,52 @@ class Affine(Frozen):
 
 
 @dataclass(frozen=True)
+class Direct(KvRule):
+    """Keys and values that the model's direct lens makes for every layer the token skips, of a few numbers kept of it.
+
+    Prompt tokens alone: there is no state in the end that a next token could be chosen from. `stop` is 0 where nobody
+    stops.
+    """
+
+    stop: int
+
+    def lacks(self, has: Means) -> str | None:
+        if self.stop in has.direct_stops:
+            return None
+        there = f"; it has one for {', '.join(map(str, has.direct_stops))}" if has.direct_stops else ""
+        return (
+            f"kv_rule direct needs a direct lens for a stop after {self.stop} layers{there}; "
+            f"fit one with qs-jax lens --direct {self.stop}"
+        )
+
+    def looks_back(self, model: CausalLM) -> tuple[int, ...]:
+        return model.direct_from(self.stop).inputs[:-1] if self.stop else ()
+
+    def settle(self, model: CausalLM, layers_run: int, hidden_states: Hidden, aside: tuple[Hidden, ...]) -> Kept:
+        if layers_run != self.stop:
+            return hidden_states
+        return model.direct_from(self.stop).latent((*aside, hidden_states))
+
+    def kv(
+        self, model: CausalLM, layer: int, block: Block, hidden_states: Kept, positions: Positions
+    ) -> tuple[Heads, Heads]:
+        k, v = jnp.split(model.direct_from(self.stop).features(layer, hidden_states), 2, axis=-1)
+        return block.placed(k, v, positions)
+
+    def settle_flops(self, costs: Costs, layers_run: int) -> int:
+        return costs.direct[self.stop].settle_flops if layers_run == self.stop else 0
+
+    def settle_bytes(self, costs: Costs, layers_run: int) -> int:
+        return costs.direct[self.stop].settle_bytes if layers_run == self.stop else 0
+
+    def kv_flops(self, costs: Costs, layer: int) -> int:
+        return costs.direct[self.stop].kv_flops
+
+    def kv_bytes_beside(self, costs: Costs) -> int:
+        return costs.direct[self.stop].kv_bytes
+
+
+@dataclass(frozen=True)
 class Shallow(Frozen):
     """The token goes on through its remaining layers at fewer bits of the same weights: halting becomes a rung of the
     precision ladder, not a stop. Of a prompt's last layer it leaves keys and values alone, as every token does."""
@@ -135,8 +222,8 @@ class Shallow(Frozen):
 
     keeps_running = True
 
-    def lacks(self, *, planes: bool, lens: bool) -> str | None:
-        return None if planes else "kv_rule shallow needs Matryoshka weights; convert with --quantize matryoshka"
+    def lacks(self, has: Means) -> str | None:
+        return None if has.planes else "kv_rule shallow needs Matryoshka weights; convert with --quantize matryoshka"
 
     @property
     def resting_bits(self) -> int | None:
@@ -148,6 +235,13 @@ KV_RULES: dict[KvRuleName, Callable[[Policy], KvRule]] = {
     "drop": lambda policy: Drop(),
     "frozen": lambda policy: Frozen(),
     "affine": lambda policy: Affine(),
+    "direct": lambda policy: Direct(_stop_of(policy)),
     "shallow": lambda policy: Shallow(policy.shallow_bits),
 }
 """Every rule, made from what a policy says of it."""
+
+
+def _stop_of(policy: Policy) -> int:
+    """After how many layers prompt tokens stop, where they may after one layer only; 0 if none do."""
+    halting = policy.prompt_halting
+    return halting.layers[0] if halting and halting.layers else 0

@@ -120,14 +120,20 @@ class Ledger:
     def _stage(self, part: StagePass) -> tuple[int, int]:
         flops, read, costs, rule = 0, 0, self.costs, self.policy.kv_rule
         seen = part.slots + part.tokens + part.resting
+        if part.resting:
+            flops += part.rows * part.resting * rule.settle_flops(costs, part.start)
+            read += rule.settle_bytes(costs, part.start)
         for number in range(part.start, part.stop):
             layer, is_last = costs.layers[number], number + 1 == len(costs.layers)
             rest = layer.flops - layer.kv_flops + costs.attention_flops_per_slot * seen
             running = 1 if is_last else part.tokens + rule.keeps_running * part.resting
-            flops += part.rows * (part.tokens * layer.kv_flops + part.resting * rule.kv_flops(layer) + running * rest)
+            flops += part.rows * (
+                part.tokens * layer.kv_flops + part.resting * rule.kv_flops(costs, number) + running * rest
+            )
             read += layer.bytes[self.bits]
             if not part.resting:
                 continue
+            read += rule.kv_bytes_beside(costs)
             if rule.resting_bits is not None and self.policy.demotes(number):
                 read += (layer.kv_bytes if is_last else layer.bytes)[rule.resting_bits]
             if not is_last:
@@ -186,7 +192,7 @@ class Ledger:
         for number in layers:
             layer = costs.layers[number]
             whole = layer.flops + costs.attention_flops_per_slot * (slots[number] + 1)
-            self.run.flops += ran * whole + rests * rows * rule.kv_flops(layer)
+            self.run.flops += ran * whole + rests * rows * rule.kv_flops(costs, number)
             if self.policy.decode_halting and index > 0 and (rests or rows > 1):
                 carried = rests * rows + (ran if rows > 1 else 0)
                 self.run.flops += carried * rule.carry_flops(costs)
@@ -194,7 +200,7 @@ class Ledger:
             if ran:
                 self.run.weight_bytes += self._read(layer.bytes.__getitem__, number, work.run_bits[step, index])
             if rests:
-                read = partial(rule.kv_bytes, layer)
+                read = partial(rule.kv_bytes, costs, number)
                 self.run.weight_bytes += self._read(read, number, work.rest_bits[step, index])
 
     def _read(

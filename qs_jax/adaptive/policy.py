@@ -20,7 +20,7 @@ from qs_jax.files import write_whole
 
 StateSignalName = Literal["relative_drift", "direction_drift", "raw_drift", "attention_update"]
 SignalName = Literal[StateSignalName, "entropy", "previous_entropy", "random"]
-KvRuleName = Literal["zero", "drop", "frozen", "affine", "shallow"]
+KvRuleName = Literal["zero", "drop", "frozen", "affine", "direct", "shallow"]
 Distance = Literal["cosine", "l2"]
 PositionRule = Literal["last", "mean", "first"]
 BitsSignalName = Literal["previous_entropy", "entropy", "random"]
@@ -158,9 +158,10 @@ class Policy:
         prompt_halting, decode_halting: dynamic token halting, for prompt tokens and for generated ones.
         kv_rule: what deeper layers see of a halted token: `zero` a key and value of zeros (the paper, literally),
             `drop` nothing, `frozen` keys and values projected from its last state, `affine` the same from a state
-            that the model's lens (`qs_jax.lens`) carries on through every layer the token skips, `shallow` its
-            remaining layers run at `shallow_bits` of the same weights (halting becomes a rung of the precision
-            ladder, not a stop).
+            that the model's lens (`qs_jax.lens`) carries on through every layer the token skips, `direct` keys and
+            values that its direct lens makes for all of them of what the token showed (of prompt tokens, which then
+            stop after one layer only, one that the lens was fitted for), `shallow` its remaining layers run at
+            `shallow_bits` of the same weights (halting becomes a rung of the precision ladder, not a stop).
         fusion: contextual token fusion, of prompt tokens.
         precision: adaptive Matryoshka quantization, of generated tokens.
         probe: how intermediate entropies are taken.
@@ -193,6 +194,11 @@ class Policy:
             raise PolicyError(
                 "prompt_halting cannot use previous_entropy: prompt tokens have no step before; use entropy"
             )
+        if self.kv_rule == "direct":
+            if self.decode_halting:
+                raise PolicyError("kv_rule direct leaves no state to choose a token from: leave decode_halting out")
+            if self.prompt_halting and len(self.prompt_halting.layers or ()) != 1:
+                raise PolicyError("kv_rule direct needs prompt_halting.layers, with the one layer that its lens is for")
 
     @property
     def mechanisms(self) -> tuple[str, ...]:

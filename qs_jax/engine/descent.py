@@ -221,7 +221,7 @@ def _rest(model: CausalLM, numbers: range, given: _Input, *, policy: BoundPolicy
     kv: list[tuple[Heads, Heads]] = []
     for number, bits in zip(numbers, given.bits, strict=True):
         block = _read_at(model.blocks[number], bits)
-        kv.append(policy.kv_rule.kv(block, hidden_states, given.positions))
+        kv.append(policy.kv_rule.kv(model, number, block, hidden_states, given.positions))
         hidden_states = policy.kv_rule.carry(model, number, hidden_states)
     return _Output(hidden_states, Shown.by_none(hidden_states), tuple(kv))
 

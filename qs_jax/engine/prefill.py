@@ -146,7 +146,7 @@ def prefill(
             if (taken.halts | taken.absorbed).any():
                 going = (valid & ~taken.halts & ~taken.absorbed).sum(axis=1, dtype=np.int32)
                 rested = rested + policy.kv_rule.keeps_slots * taken.halts.sum(axis=1, dtype=np.int32)
-                active, resting = _regrouped(going_on, resting, decision, going, rested)
+                active, resting = _regrouped(going_on, resting, decision, going, rested, halting=halting)
         pieces.append(Piece(start, width, tuple(passes)))
     assert logits is not None
     return Prefilled(logits, tuple(cache), filled, trace, tuple(pieces))
@@ -173,9 +173,10 @@ def _with_room(layers: Sequence[LayerCache], capacity: int) -> Cache:
 
 
 def _regrouped(
-    active: Tokens, resting: Tokens | None, decision: Decision, going: Counts, rested: Counts
+    active: Tokens, resting: Tokens | None, decision: Decision, going: Counts, rested: Counts, *, halting: bool
 ) -> tuple[Tokens, Tokens | None]:
     """The tokens that go on in the smallest bucket that holds them, and likewise those that rest."""
     fit = partial(bucket, smallest=_SMALLEST_PIECE, per_octave=_SIZES_PER_OCTAVE)
     rest_width = fit(int(rested.max()), PIECE) if rested.any() else 0
-    return regroup(active, resting, decision, width=fit(int(going.max()), active.ids.shape[1]), rest_width=rest_width)
+    width = fit(int(going.max()), active.ids.shape[1])
+    return regroup(active, resting, decision, halting=halting, width=width, rest_width=rest_width)

@@ -56,7 +56,8 @@ class Tokens(NamedTuple):
 
     `origins` is where in the prompt a token stands (for a fused one, its last member), `positions` what the model is
     told, `sizes` how many tokens it stands for. `protected` ones neither halt nor fuse. Of a row at most one is `read`,
-    its logits that is, and that one is protected.
+    its logits that is, and that one is protected. `aside` are states after as many layers as the K/V rule looks back
+    to, for as far as the tokens have come.
     """
 
     hidden_states: Float[Array, "batch tokens hidden"]
@@ -67,6 +68,7 @@ class Tokens(NamedTuple):
     valid: Bool[Array, "batch tokens"]
     protected: Bool[Array, "batch tokens"]
     read: Bool[Array, "batch tokens"]
+    aside: tuple[Float[Array, "batch tokens hidden"], ...] = ()
 
     def validate(self, *, active: bool) -> None:
         """Check what is promised above, on the host and on concrete arrays: for tests.
@@ -75,8 +77,8 @@ class Tokens(NamedTuple):
             StateError: it names what does not hold.
         """
         own = jax.device_get(self)
-        shapes = {name: leaf.shape[:2] for name, leaf in own._asdict().items()}
-        require(len(set(shapes.values())) == 1, f"tokens differ: {shapes}")
+        shapes = {str(leaf.shape[:2]) for leaf in jax.tree.leaves(own)}
+        require(len(shapes) == 1, f"tokens differ: {sorted(shapes)}")
         require(not (own.valid[:, 1:] & ~own.valid[:, :-1]).any(), "padding comes before a token")
         finite = np.isfinite(own.hidden_states.astype(np.float32)).all(axis=-1)
         require(bool(finite[own.valid].all()), "a hidden state is not finite")
@@ -175,8 +177,13 @@ def run_stage(
         stop: the layer after the last.
         capacity: see `cache`.
     """
+    rule = policy.kv_rule
+    back = rule.looks_back(model)
     if isinstance(active, Entering):
-        active = active.embedded(model)
+        active = _set_aside(active.embedded(model), 0, back)
+    if resting is not None:
+        settled = rule.settle(model, start, resting.hidden_states, resting.aside)
+        resting = resting._replace(hidden_states=settled, aside=())
     fresh, layers, shown = cache is None, [], Shown.by_none(active.hidden_states)
     if cache is None:
         assert capacity is not None
@@ -185,6 +192,7 @@ def run_stage(
         cache = (empty,) * (stop - start)
     for number, layer in enumerate(cache, start):
         active, resting, shown, layer = _layer(model, number, layer, active, resting, policy, fresh=fresh)
+        active = _set_aside(active, number + 1, back)
         layers.append(layer)
     if stop == policy.num_layers:
         found = model.head(active.hidden_states[:, 0])
@@ -193,6 +201,11 @@ def run_stage(
         )
     active, decision = _decide(model, active, shown, policy, stop)
     return Staged(active, resting, tuple(layers), decision, None)
+
+
+def _set_aside(tokens: Tokens, layers_run: int, back: tuple[int, ...]) -> Tokens:
+    """With their states among what is set aside, if the rule looks back to there."""
+    return tokens._replace(aside=(*tokens.aside, tokens.hidden_states)) if layers_run in back else tokens
 
 
 def _layer(
@@ -217,7 +230,7 @@ def _layer(
 
     if resting is not None:
         low = at_bits(block, rule.resting_bits) if rule.resting_bits and policy.demotes(number) else block
-        rested = _Group(resting, *rule.kv(low, resting.hidden_states, resting.positions))
+        rested = _Group(resting, *rule.kv(model, number, low, resting.hidden_states, resting.positions))
         groups.append(rested)
         if not is_last:
             state = resting.hidden_states
@@ -270,16 +283,17 @@ def _decide(model: CausalLM, active: Tokens, shown: Shown, policy: BoundPolicy, 
     return active, Decision(halts, absorbed, signal)
 
 
-@partial(jax.jit, static_argnames=("width", "rest_width"))
+@partial(jax.jit, static_argnames=("halting", "width", "rest_width"))
 def regroup(
-    active: Tokens, resting: Tokens | None, decision: Decision, *, width: int, rest_width: int
+    active: Tokens, resting: Tokens | None, decision: Decision, *, halting: bool, width: int, rest_width: int
 ) -> tuple[Tokens, Tokens | None]:
-    """Gather the tokens that go on into `width` places, and those that rest into `rest_width` (0: there are none)."""
+    """Gather the tokens that go on into `width` places, and those that rest into `rest_width` (0: there are none);
+    `halting`, if tokens were asked to."""
     going = active.valid & ~decision.halts & ~decision.absorbed
     rested = active._replace(valid=active.valid & decision.halts)
     if not rest_width:
         return _gathered(active, going, width), None
-    joined = rested if resting is None else _joined((resting, rested))
+    joined = rested if resting is None else _joined((resting, rested)) if halting else resting
     return _gathered(active, going, width), _gathered(joined, joined.valid, rest_width)
 
 

@@ -4,18 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.linalg import eigh, svd
 
 from qs_jax.errors import EvaluationError
-from qs_jax.fitting.activations import run_all
+from qs_jax.fitting.activations import embedded, run_all
 from qs_jax.generation import not_finite
 from qs_jax.lens import Lens
 from qs_jax.model import Model
-from qs_jax.models.base import CausalLM
 
 Tokens = Float[np.ndarray, "tokens hidden"]
 Advance = Callable[..., None]
@@ -87,10 +85,8 @@ def fit_lens(
     if model.config.num_hidden_layers < 2:
         raise EvaluationError("a model of one layer has nothing to skip; it needs no lens")
     tokens = jnp.asarray(windows, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    counted = ~np.isin(windows, model.special_ids)
-    counted[:, :_SINKS] = False
-    states = _embed(model.network, tokens, positions)
+    counted = counted_tokens(model, windows)
+    states = embedded(model.network, tokens)
     maps: list[_Map] = []
     for number, block in enumerate(model.network.blocks):
         after = run_all(block, states)
@@ -104,9 +100,16 @@ def fit_lens(
     return Fit(Lens(*arrays), [found.explained for found in maps])
 
 
-@jax.jit
-def _embed(model: CausalLM, tokens: Int[Array, "windows tokens"], positions: Int[Array, "windows tokens"]) -> Array:
-    return model.embed(tokens, positions)
+def counted_tokens(model: Model, windows: Int[np.ndarray, "windows tokens"]) -> Bool[np.ndarray, "windows tokens"]:
+    """Those that a lens is fitted on."""
+    counted = ~np.isin(windows, model.special_ids)
+    counted[:, :_SINKS] = False
+    return counted
+
+
+def is_held_out(number: int, windows: int) -> bool:
+    """Whether this one of so many windows is kept to choose on."""
+    return number % _HELD_OUT == _HELD_OUT - 1 or number == windows - 1
 
 
 class _Map(NamedTuple):
@@ -131,8 +134,7 @@ def _fit(
     """
     used, kept = _Moments(), _Moments()
     for number, (x, y, chosen) in enumerate(zip(before, after - before, counted, strict=True)):
-        held_out = number % _HELD_OUT == _HELD_OUT - 1 or number == len(before) - 1
-        (kept if held_out else used).add(x[chosen], y[chosen])
+        (kept if is_held_out(number, len(before)) else used).add(x[chosen], y[chosen])
     mean_x, mean_y = used.x / used.count, used.y / used.count
     values, vectors = eigh(used.xx / used.count - np.outer(mean_x, mean_x))
     cross = vectors.T @ (used.xy / used.count - np.outer(mean_x, mean_y))

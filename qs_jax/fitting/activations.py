@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from qs_jax.models.base import Block, Hidden
+from qs_jax.models.base import Block, CausalLM, Hidden
 from qs_jax.models.layers import Linear
 
 BATCH = 4
@@ -56,6 +56,12 @@ _run = jax.jit(run)
 def run_all(block: Block, hidden_states: Hidden) -> Hidden:
     """The same for any number of windows."""
     return jnp.concatenate([_run(block, batch) for batch in batches(hidden_states)])
+
+
+@jax.jit
+def embedded(model: CausalLM, tokens: Int[Array, "windows tokens"]) -> Hidden:
+    """What enters the first block, every window from its first position."""
+    return model.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
 
 
 def batches(hidden_states: Hidden) -> Iterator[Hidden]:

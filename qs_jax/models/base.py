@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.kernels import Kernel, as_kernel
 from qs_jax.models.attention import View, attention, new_segment
-from qs_jax.models.layers import Embedding, Init, Linear, Shortcut
+from qs_jax.models.layers import DirectKv, Embedding, Init, Linear, Shortcut
 
 Hidden = Float[Array, "batch tokens hidden"]
 Heads = Float[Array, "batch tokens kv_heads head_dim"]
 Positions = Int[Array, "batch tokens"]
+Features = Float[Array, "batch tokens features"]
 
 
 class LayerOutput(NamedTuple):
@@ -56,8 +57,16 @@ class Block(nnx.Module):
 
     def kv(self, hidden_states: Hidden, positions: Positions) -> tuple[Heads, Heads]:
         """Keys, with positions already applied, and values of the given tokens."""
+        return self.placed(*self.kv_features(hidden_states), positions)
+
+    def kv_features(self, hidden_states: Hidden) -> tuple[Features, Features]:
+        """Keys and values before they are cut into heads, and keys without positions."""
         x = self.attention_norm(hidden_states)
-        return self.place(self._split(self.k(x)), positions), self._split(self.v(x))
+        return self.k(x), self.v(x)
+
+    def placed(self, k: Features, v: Features, positions: Positions) -> tuple[Heads, Heads]:
+        """Keys and values as attention reads them."""
+        return self.place(self._split(k), positions), self._split(v)
 
     def attend(self, hidden_states: Hidden, positions: Positions, view: View) -> Hidden:
         """The attention half's update to the residual stream, over the keys and values in `view`."""
@@ -75,18 +84,20 @@ class Block(nnx.Module):
         hidden_states += update
         return LayerOutput(hidden_states + self.mlp(hidden_states), k, v, update)
 
-    def _split(self, features: Float[Array, "batch tokens features"]) -> Heads:
+    def _split(self, features: Features) -> Heads:
         return features.reshape(*features.shape[:-1], -1, self.config.head_dim)
 
 
 class CausalLM(nnx.Module):
     """A decoder: `embed`, `blocks`, `head`. A pytree of its weights; nothing in it ever mutates.
 
-    `shortcuts`, if it has them, stand in for layers 1, 2, … where a token skips them: see `qs_jax.lens`.
+    What stands in for layers that a token skips (`qs_jax.lens`), if it has any: `shortcuts` for layer 1, 2, …, one by
+    one, and `direct` for all layers from one on.
     """
 
     blocks: nnx.List[Block]
     shortcuts: "nnx.List[Shortcut] | None"
+    direct: "nnx.List[DirectKv] | None"
     embedding: Embedding
     lm_head: Linear | None
 
@@ -95,6 +106,7 @@ class CausalLM(nnx.Module):
         hidden, vocab = config.hidden_size, config.padded_vocab_size
         tied = config.tie_word_embeddings
         self.shortcuts = nnx.data(None)
+        self.direct = nnx.data(None)
         self.embedding = Embedding(vocab, hidden, init=init)
         self.lm_head = None if tied else Linear(hidden, vocab, bias=False, init=init)
 
@@ -115,6 +127,16 @@ class CausalLM(nnx.Module):
         """About what would leave a layer that enters here, without running it."""
         assert self.shortcuts is not None
         return self.shortcuts[layer - 1](hidden_states)
+
+    @property
+    def direct_stops(self) -> tuple[int, ...]:
+        """After how many layers a token may stop whose keys and values come from `direct`."""
+        return tuple(part.stop for part in self.direct or ())
+
+    def direct_from(self, stop: int) -> DirectKv:
+        """What stands in for all layers after so many."""
+        assert self.direct is not None
+        return self.direct[self.direct_stops.index(stop)]
 
     @property
     def head_kernel(self) -> Kernel:

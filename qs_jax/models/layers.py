@@ -1,6 +1,6 @@
 """The layers both architectures are made of. Norms in float32, products in the dtype of the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import Activation
 from qs_jax.kernels import as_kernel
+
+STATE_EPSILON = 1e-6
+"""Of states that the direct lens reads."""
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -88,6 +91,40 @@ class Shortcut(nnx.Module):
         return x + up.matmul(down.matmul(x).astype(x.dtype)).astype(x.dtype) + self.bias[...]
 
 
+class DirectKv(nnx.Module):
+    """Keys and values of all layers that a token skips, straight from states that it showed before: these are brought
+    together once (`latent`), and every layer reads its own of that (`features`).
+
+    `inputs` says after how many layers the states are taken; the last is where the token stops.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        down: Float[Array, "rank states"],
+        up: Sequence[Float[Array, "features rank"]],
+        bias: Sequence[Float[Array, " features"]],
+    ):
+        self.inputs = inputs
+        self.down = nnx.Param(down)
+        self.up, self.bias = (nnx.List([nnx.Param(part) for part in whole]) for whole in (up, bias))
+
+    @property
+    def stop(self) -> int:
+        """After how many layers."""
+        return self.inputs[-1]
+
+    def latent(self, states: Sequence[Float[Array, "*rows hidden"]]) -> Float[Array, "*rows rank"]:
+        """What is kept of a token, from its states after as many layers as `inputs` says."""
+        x = jnp.concatenate([normal(state, STATE_EPSILON) for state in states], axis=-1)
+        return as_kernel(self.down.get_value()).matmul(x).astype(x.dtype)
+
+    def features(self, layer: int, latent: Float[Array, "*rows rank"]) -> Float[Array, "*rows features"]:
+        """Keys, without positions, and after them values, in a layer (counted from 0)."""
+        up, bias = self.up[layer - self.stop], self.bias[layer - self.stop]
+        return as_kernel(up.get_value()).matmul(latent).astype(latent.dtype) + bias[...]
+
+
 class Embedding(nnx.Module):
     """A lookup table (entries, features)."""
 
@@ -121,6 +158,10 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        return normal.astype(x.dtype) * self.scale[...]
+        return normal(x, self.epsilon) * self.scale[...]
+
+
+def normal(x: Float[Array, "*rows features"], epsilon: float) -> Float[Array, "*rows features"]:
+    """Features at a mean square of 1."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

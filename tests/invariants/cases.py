@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision, Probe
 from qs_jax.model import Model
 from tests.invariants.running import imagine
-from tests.tiny import narrowed, quantised, tiny_model, with_random_lens
+from tests.tiny import narrowed, quantised, tiny_model, with_random_direct_lens, with_random_lens
 
 LAYERS = 4
 PROMPT_LAYERS = (2, 3)
@@ -50,7 +50,7 @@ class Case:
 
 @cache
 def _model(network: str, *, planes: bool, narrow: bool) -> Model:
-    model = with_random_lens(tiny_model(network, LAYERS))
+    model = with_random_direct_lens(with_random_lens(tiny_model(network, LAYERS)), stop=PROMPT_LAYERS[0])
     model = quantised(model) if planes else model
     return narrowed(model) if narrow else model
 
@@ -165,11 +165,21 @@ LLAMA_LADDER = Case(
     planes=True,
 )
 
+
+def _direct(fusion: Fusion | None) -> Policy:
+    """Stops after one layer, which the direct lens is for; fusion goes on behind it."""
+    halting = Halting("direction_drift", layers=PROMPT_LAYERS[:1])
+    return Policy("direct", prompt_halting=halting, kv_rule="direct", fusion=fusion, protect_first=1, protect_last=2)
+
+
+GPT2_DIRECT = Case("gpt2", _direct(Fusion("cosine", layers=PROMPT_LAYERS)))
+LLAMA_DIRECT = Case("llama", _direct(None))
+
 GPT2_NARROW = replace(GPT2_FROZEN, narrow=True)
 LLAMA_NARROW = replace(LLAMA_DROP, narrow=True)
 
 QUICK = (GPT2_FROZEN, GPT2_ZERO, LLAMA_DROP, LLAMA_AFFINE)
-THE_REST = (GPT2_DROP, LLAMA_FROZEN, GPT2_AFFINE, LLAMA_ZERO, GPT2_SHALLOW, LLAMA_LADDER)
+THE_REST = (GPT2_DROP, LLAMA_FROZEN, GPT2_AFFINE, LLAMA_ZERO, GPT2_SHALLOW, LLAMA_LADDER, GPT2_DIRECT)
 
 
 def each(cases: Sequence[Case], slow: Sequence[Case] = ()) -> pytest.MarkDecorator:

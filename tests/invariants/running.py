@@ -13,6 +13,7 @@ import numpy as np
 
 from qs_jax.adaptive import signals
 from qs_jax.adaptive.binding import bind
+from qs_jax.adaptive.kv_rules import Means
 from qs_jax.adaptive.policy import Policy
 from qs_jax.cache import allocate
 from qs_jax.choices import BITS
@@ -82,7 +83,12 @@ def request(
         seeds=[(0, 0)] * len(prompts),
         sampling=Sampling.of(),
         chunk_size=chunk_size,
-        policy=bind(policy, model.config, planes=has_planes(model.network), lens=True, special_ids=SPECIAL_IDS),
+        policy=bind(
+            policy,
+            model.config,
+            Means.of(model.network),
+            special_ids=SPECIAL_IDS,
+        ),
         forced=forced,
     )
 

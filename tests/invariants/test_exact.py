@@ -16,6 +16,7 @@ import qs_jax
 from benchmarks.break_even import Scripted
 from qs_jax.adaptive.binding import bind, dense
 from qs_jax.adaptive.costs import Costs
+from qs_jax.adaptive.kv_rules import Means
 from qs_jax.adaptive.ledger import PassCosts
 from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.cache import allocate
@@ -25,7 +26,6 @@ from qs_jax.engine.drafts import Lookup, Steps
 from qs_jax.engine.exact import exact_round
 from qs_jax.engine.pacing import TextIndex
 from qs_jax.engine.sampling import Sampling
-from qs_jax.kernels import has_planes
 from qs_jax.model import Model
 from qs_jax.models import parse_config, random_network
 from tests.invariants.cases import (
@@ -138,7 +138,7 @@ def test_the_last_places_of_the_context(name: str) -> None:
     assert_same(exact, plain)
     halting = Halting("relative_drift", math.inf, layers=(1,))
     policy = Policy("early", decode_halting=halting, kv_rule="affine")
-    lens = Steps(bind(policy, model.config, planes=False, lens=True))
+    lens = Steps(bind(policy, model.config, Means(lens=True)))
     assert_same(run(model, prompts, 9, lens), plain)
 
 
@@ -148,8 +148,7 @@ def test_a_policy_drafts(case: Case) -> None:
     policy = bind(
         halfway(case, 0.5),
         case.model.config,
-        planes=has_planes(case.model.network),
-        lens=True,
+        Means.of(case.model.network),
         special_ids=SPECIAL_IDS,
     )
     plain = run(case.model, ROWS, TOKENS)
@@ -267,7 +266,7 @@ def test_another_text_and_other_numbers_compile_nothing() -> None:
     model = with_random_lens(tiny_model("gpt2", 4))
 
     def again(share: float, first: int, temperature: float) -> None:
-        bound = bind(halfway(GPT2_FROZEN, share), model.config, planes=False, special_ids=SPECIAL_IDS)
+        bound = bind(halfway(GPT2_FROZEN, share), model.config, special_ids=SPECIAL_IDS)
         sampling = Sampling.of(do_sample=True, temperature=temperature)
         run(model, [[first, *row[1:]] for row in ROWS], TOKENS - first % 3, Steps(bound), sampling=sampling)
 

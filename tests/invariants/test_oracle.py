@@ -15,6 +15,7 @@ from tests.invariants.cases import (
     GPT2_NARROW,
     KINDS,
     LAYERS,
+    LLAMA_DIRECT,
     LLAMA_DROP,
     LLAMA_NARROW,
     QUICK,
@@ -44,7 +45,7 @@ def check(case: Case, data: st.DataObject, longest: int) -> None:
     assert_same_slots(engine, oracle, CHUNK)
 
 
-@each(QUICK, slow=THE_REST)
+@each((*QUICK, LLAMA_DIRECT), slow=THE_REST)
 @settings(max_examples=12)
 @given(data=st.data())
 def test_engine_is_oracle(case: Case, data: st.DataObject) -> None:
@@ -52,7 +53,7 @@ def test_engine_is_oracle(case: Case, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@each((*QUICK, *THE_REST))
+@each((*QUICK, *THE_REST, LLAMA_DIRECT))
 @settings(max_examples=12)
 @given(data=st.data())
 def test_engine_is_oracle_on_longer_prompts(case: Case, data: st.DataObject) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qs_jax.adaptive.binding import BoundPolicy, bind, dense
+from qs_jax.adaptive.kv_rules import Means
 from qs_jax.adaptive.policy import Fusion, Halting, KvRuleName, Policy, Precision
 from qs_jax.config import ModelConfig
 from qs_jax.errors import PolicyError
@@ -20,7 +21,7 @@ def config_of(depth: int) -> ModelConfig:
 
 
 def bound(policy: Policy, depth: int = 8, *, planes: bool = False, special_ids: tuple[int, ...] = ()) -> BoundPolicy:
-    return bind(policy, config_of(depth), planes=planes, special_ids=special_ids)
+    return bind(policy, config_of(depth), Means(planes=planes), special_ids=special_ids)
 
 
 def test_off_binds_to_the_dense_model() -> None:
@@ -134,7 +135,7 @@ def test_a_share_of_the_depth_binds_no_stop_of_the_prompt_that_would_save_nothin
     policy = Policy(prompt_halting=Halting(thresholds=math.inf, start=0.93, step=1000), kv_rule=kv_rule)
 
     def stops(policy: Policy, depth: int) -> tuple[int, ...]:
-        halting = bind(policy, config_of(depth), planes=True, lens=True).prompt_halting
+        halting = bind(policy, config_of(depth), Means(planes=True, lens=True)).prompt_halting
         return halting.layers if halting else ()
 
     assert stops(policy, 12) == (() if kv_rule in ("frozen", "affine") else (11,))
