@@ -1,30 +1,31 @@
 """Which tokens no mechanism touches: attention sinks, a prompt's end, special tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.policy import Policy
-from qs_jax.pytree import STATIC
 from qs_jax.token_set import is_in, token_set
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Protection:
-    """The first and last tokens of a prompt, and special ones."""
+    """The first and last tokens of a prompt, and special ones. All of it is traced: another number compiles nothing."""
 
     special_ids: Int[Array | np.ndarray, " slots"]
-    first: int = field(metadata=STATIC)
-    last: int = field(metadata=STATIC)
+    first: Int[Array | np.ndarray, ""]
+    last: Int[Array | np.ndarray, ""]
 
     @classmethod
     def bind(cls, policy: Policy, special_ids: Sequence[int]) -> "Protection":
         ids = sorted(set(special_ids)) if policy.protect_special else []
-        return cls(token_set(ids), policy.protect_first, policy.protect_last)
+        return cls(
+            token_set(ids), np.asarray(policy.protect_first, np.int32), np.asarray(policy.protect_last, np.int32)
+        )
 
     def of_prompt(
         self, ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"], lengths: Int[Array, " batch"]

@@ -136,7 +136,7 @@ class FittedLens:
         }
 
 
-class _Watch:
+class Watch:
     """What goes by from here on."""
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ def calibrate(
         >>> policy = qs_jax.calibrate(model, "train.txt", max_ppl_increase=0.2).policy
         >>> qs_jax.generate(model, "Once upon a time", policy=policy)
     """
-    watch = _Watch()
+    watch = Watch()
     target = None if out is None else free_target(Path(out), overwrite=overwrite)
     if signal not in get_args(StateSignalName):
         raise EvaluationError(not_among("signal", signal, get_args(StateSignalName)))
@@ -305,7 +305,7 @@ def fit_lens(
         >>> qs_jax.fit_lens(model, "some.txt", out="model/lens.safetensors").explained
         >>> model = qs_jax.load("model")  # halted tokens can follow it from here on
     """
-    watch = _Watch()
+    watch = Watch()
     target = None if out is None else free_target(Path(out), overwrite=overwrite)
     corpus = Corpus.of(text, documents)
     windows = whole(model, corpus.documents, max_tokens)

@@ -29,6 +29,8 @@ from qs_jax.evaluation.observation import Observed
 from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
 from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase, perplexity
 
+LENSES: tuple[KvRuleName, ...] = ("affine", "direct")
+
 _TESTED = 12
 """Most policies that are tested, in equal steps of what they save."""
 
@@ -101,11 +103,11 @@ def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets:
     """All policies tried on the search part, whatever came of them."""
     neutral, most = space.neutral(prefix), max(budgets)
     parts: list[list[Policy]] = []
-    if neutral.prompt_halting:
+    if neutral.fusion:
         parts.append(_prompt_pool(bench, space, observed, prefix, budgets))
         parts.append(_until(bench, [fuse_prompt(neutral, observed, share) for share in FUSED_SHARES], most))
     decode: list[Policy] = []
-    for layer in reversed(space.decode_layers):
+    for layer in reversed(space.decode_layers if neutral.decode_halting else ()):
         decode += _until(bench, [stop_decode(neutral, observed, layer, share) for share in DECODE_SHARES], most)
     parts.append(decode)
     if neutral.precision:
@@ -119,6 +121,8 @@ def _prompt_pool(bench: Bench, space: Space, observed: Observed, prefix: int, bu
     """Uniform stops until they cost too much, and per-token choices around the last affordable one of each budget."""
     neutral = space.neutral(prefix)
     uniform = _until(bench, uniform_stops(space, prefix), max(budgets))
+    if not neutral.prompt_halting:
+        return uniform
     layers = tuple(reversed(space.prompt_layers))
     shares: list[dict[int, float]] = []
     for budget in budgets:
@@ -176,7 +180,7 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
     they alone would come to is reported as if theirs had been the only path.
     """
     level = 1 - goal.confidence
-    rules: tuple[KvRuleName, ...] = ("frozen", "affine") if space.kv_rule == "affine" else ("frozen",)
+    rules: tuple[KvRuleName, ...] = ("frozen", space.kv_rule) if space.kv_rule in LENSES else ("frozen",)
     stops = {r: [p for p in uniform_stops(replace(space, kv_rule=r), prefix) if p in pool] for r in rules}
     paths = [_climbing(bench, pool, goal), *(found for found in stops.values() if found)]
     p_value = _p_value(bench, goal)
@@ -193,7 +197,7 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
         tested=[_row(bench, p, goal, p in trusted) for n, p in enumerate(tried) if p not in tried[:n]],
         chosen=_row(bench, chosen, goal, True) if chosen else None,
         uniform=best["frozen"],
-        uniform_with_lens=best.get("affine"),
+        uniform_with_lens=next((best[rule] for rule in rules if rule in LENSES), None),
     )
 
 

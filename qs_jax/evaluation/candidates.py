@@ -17,6 +17,9 @@ PROMPT_SHARES = (0.25, 0.5, 0.75)
 FUSED_SHARES = (0.05, 0.2)
 DECODE_SHARES = (0.005, 0.02, 0.1)
 BITS_SHARES = (0.25, 0.5, 0.75, 1.0)
+LAST = (256, 128, 64, 32)
+"""Of a prompt's end, how many tokens may run through all layers where the others stop after the same one and leave what
+the direct lens makes."""
 
 
 Part = TypeVar("Part", Halting, Fusion)
@@ -25,7 +28,7 @@ Part = TypeVar("Part", Halting, Fusion)
 @dataclass(frozen=True)
 class Space:
     """What may be varied: after which layers prompt tokens halt or fuse (none, where that saves nothing), and generated
-    ones halt."""
+    ones halt; or where prompt tokens stop whose keys and values come from a direct lens, one layer for all of them."""
 
     prompt_layers: tuple[int, ...]
     fusion_layers: tuple[int, ...]
@@ -33,10 +36,17 @@ class Space:
     signal: SignalName
     kv_rule: KvRuleName
     planes: bool
+    direct_stops: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, depth: int, *, planes: bool, signal: SignalName = "relative_drift", kv_rule: KvRuleName = "frozen"
+        cls,
+        depth: int,
+        *,
+        planes: bool,
+        signal: SignalName = "relative_drift",
+        kv_rule: KvRuleName = "frozen",
+        direct_stops: tuple[int, ...] = (),
     ) -> "Space":
         """Every layer of a shallow model, every second or third of a deep one, from an eighth of the depth on. Prompt
         tokens stop at least two layers early: of the last one they leave keys and values alone, stopped or not."""
@@ -44,16 +54,17 @@ class Space:
         places = {depth - 2, *range(depth - 1 - step, 0, -step)}
         prompt = tuple(sorted(layer for layer in places if layer >= first))
         decode = tuple(sorted({max(1, depth - 1), max(1, depth - 1 - step)}))
-        return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes)
+        return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes, direct_stops)
 
     def neutral(self, prefix: int) -> Policy:
         """Every mechanism there and none acting; without a prompt, or layers it could do without, only what concerns
-        generated tokens."""
+        generated tokens. With a direct lens generated tokens never halt, and prompt tokens in `uniform_stops` alone."""
         prompt, fusion = (layers if prefix > 1 else () for layers in (self.prompt_layers, self.fusion_layers))
+        halts, decode = self.kv_rule != "direct", self.decode_layers
         return Policy(
             name="neutral",
-            prompt_halting=Halting(self.signal, (0.0,) * len(prompt), layers=prompt) if prompt else None,
-            decode_halting=Halting(self.signal, (0.0,) * len(self.decode_layers), layers=self.decode_layers),
+            prompt_halting=Halting(self.signal, (0.0,) * len(prompt), layers=prompt) if prompt and halts else None,
+            decode_halting=Halting(self.signal, (0.0,) * len(decode), layers=decode) if halts else None,
             kv_rule=self.kv_rule,
             fusion=Fusion("cosine", (0.0,) * len(fusion), layers=fusion) if fusion else None,
             precision=Precision("previous_entropy", layer=0) if self.planes else None,
@@ -73,14 +84,24 @@ def all_at(halting: Halting | None, layer: int) -> Halting | None:
 
 
 def uniform_stops(space: Space, prefix: int) -> list[Policy]:
-    """All of the prompt stops after a layer: from the last candidate layer down."""
+    """All of the prompt stops after a layer: from the last candidate layer down; with a direct lens, all but its last
+    tokens, in the order of what that should save."""
     neutral = space.neutral(prefix)
+    if space.kv_rule == "direct":
+        depth = space.prompt_layers[-1] + 1
+        ways = [(stop, last) for stop in space.direct_stops for last in LAST if last < prefix]
+        ways.sort(key=lambda way: (depth - way[0]) * (prefix - way[1]))
+        return [_direct_stop(neutral, stop, last) for stop, last in ways]
     if neutral.prompt_halting is None:
         return []
     return [
         replace(neutral, prompt_halting=all_at(neutral.prompt_halting, layer))
         for layer in reversed(space.prompt_layers)
     ]
+
+
+def _direct_stop(base: Policy, stop: int, last: int) -> Policy:
+    return replace(base, prompt_halting=Halting(thresholds=(math.inf,), layers=(stop,)), protect_last=last)
 
 
 def stop_prompt(base: Policy, observed: Observed, shares: dict[int, float]) -> Policy:
@@ -141,7 +162,7 @@ def joined(base: Policy, parts: Sequence[Policy]) -> Policy:
     changed = {
         name: getattr(part, name)
         for part in parts
-        for name in ("prompt_halting", "decode_halting", "fusion", "precision")
+        for name in ("prompt_halting", "decode_halting", "fusion", "precision", "protect_last")
         if getattr(part, name) != getattr(base, name)
     }
     return replace(base, **changed)

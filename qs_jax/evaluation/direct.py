@@ -21,6 +21,9 @@ from qs_jax.models.layers import STATE_EPSILON, normal
 _LOOKED_BACK = (0.25, 0.5)
 """Of the way to the stop: where a state may be set aside, one of them."""
 
+_SOME = 8
+"""Of so many outputs one is looked at when inputs and penalty are chosen."""
+
 Rows = Float[np.ndarray, "tokens features"]
 
 
@@ -57,11 +60,11 @@ class _Moments:
         total.xx, total.xy, total.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
         return total
 
-    def of(self, places: Int[np.ndarray, " inputs"]) -> "_Moments":
-        """Those of some inputs alone; the constant among them."""
+    def of(self, places: Int[np.ndarray, " inputs"], every: int = 1) -> "_Moments":
+        """Those of some inputs alone, the constant among them, and of every so many outputs."""
         part = _Moments(0, 0)
-        part.count, part.yy = self.count, self.yy
-        part.xx, part.xy = self.xx[np.ix_(places, places)], self.xy[places]
+        part.count, part.yy = self.count, self.yy[::every]
+        part.xx, part.xy = self.xx[np.ix_(places, places)], self.xy[places, ::every]
         return part
 
     def errors(self, kernel: Float[np.ndarray, "outputs inputs"]) -> Float[np.ndarray, " outputs"]:
@@ -139,7 +142,9 @@ def _best(parts: "_Parts", inputs: tuple[int, ...], depth: int, rank: int) -> Di
     places = {chosen: _places(chosen, inputs, hidden) for chosen in [(stop,), *((0, *m, stop) for m in middle)]}
     scores: dict[tuple[int, ...], tuple[float, float]] = {}
     for chosen, at in places.items():
-        scores[chosen] = max((_explained(used.of(at), kept.of(at), penalty), penalty) for penalty in PENALTIES)
+        scores[chosen] = max(
+            (_explained(used.of(at, _SOME), kept.of(at, _SOME), penalty), penalty) for penalty in PENALTIES
+        )
     best = max(scores, key=lambda chosen: scores[chosen][0])
     at, penalty = places[best], scores[best][1]
     down, up, bias = _reduced(used.of(at), penalty, rank)

@@ -125,6 +125,8 @@ class Measurements:
             digest.update(np.asarray(array).tobytes())
         for shortcut in self.model.network.shortcuts or ():
             digest.update(np.asarray(shortcut.up.get_value()).tobytes())
+        for direct in self.model.network.direct or ():
+            digest.update(np.asarray(direct.down.get_value()).tobytes())
         shapes = [(name, array.shape, str(array.dtype)) for name, array in arrays_by_path(self.model.network).items()]
         text = [(window.prompt, window.scored) for part in self.parts.values() for window in part]
         kind = self.planes, most_bits(self.model.network)

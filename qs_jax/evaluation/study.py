@@ -32,8 +32,8 @@ def calibrate_model(
     target: Path | None = None,
     advance: Advance = lambda n=1: None,
 ) -> list[Calibrated]:
-    """The best policy of a model for each goal, on windows of calibration text. Without a `kv_rule` halted tokens
-    follow the model's lens, if it has one, and are frozen if not.
+    """The best policy of a model for each goal, on windows of calibration text. Without a `kv_rule` halted tokens leave
+    what the model's direct lens makes of them, if it has one, else follow its affine one, else are frozen.
 
     What was measured is kept in a hidden file beside `target` until the end, so that an interrupted calibration goes on
     where it was.
@@ -43,8 +43,11 @@ def calibrate_model(
     """
     file = target.with_name(f".{target.name}.progress") if target else None
     bench = Measurements(model, windows, plan.batch, file, advance)
-    kv_rule = kv_rule or ("affine" if model.network.shortcuts is not None else "frozen")
-    space = Space.of(model.config.num_hidden_layers, planes=bench.planes, signal=signal, kv_rule=kv_rule)
+    stops = model.network.direct_stops
+    kv_rule = kv_rule or ("direct" if stops else "affine" if model.network.shortcuts is not None else "frozen")
+    space = Space.of(
+        model.config.num_hidden_layers, planes=bench.planes, signal=signal, kv_rule=kv_rule, direct_stops=stops
+    )
     prefix = len(windows[0].prompt)
     found = calibrate(bench, space, observe_for(model, bench.parts["search"], space), prefix, goals)
     bench.finish()

@@ -34,7 +34,7 @@ SINKS = 4
 
 _BATCH = 4
 _WARM_UP = 0.05
-_CHECKS = 10
+CHECKS = 10
 """How often held-out windows are looked at."""
 
 
@@ -77,7 +77,7 @@ def tune(
         peak: the highest learning rate.
         seed: of the order of windows.
         keep: called with the best so far whenever it is better: where to write it down.
-        advance: called after every check of the held-out windows, of which there are `_CHECKS` and one.
+        advance: called after every check of the held-out windows, of which there are `CHECKS` and one.
 
     What is not better on held-out windows is not kept: the result is never worse there than `start`.
     """
@@ -99,7 +99,7 @@ def tune(
         stand_in, moments = _step(stand_in, moments, model, _example(seen, start, next(order)), jnp.float32(rate))
         jax.block_until_ready(stand_in)
         spent, steps = spent + (time.perf_counter() - began) * warm, steps + 1
-        if spent >= 60 * minutes * len(best.curve) / _CHECKS:
+        if spent >= 60 * minutes * len(best.curve) / CHECKS:
             found = loss(stand_in)
             better = found < min(point["held_out"] for point in best.curve)
             best.curve.append({"minutes": spent / 60, "steps": steps, "held_out": found})
