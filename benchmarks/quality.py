@@ -56,8 +56,8 @@ from qs_jax.evaluation.scoring import score_alone
 from qs_jax.evaluation.statistics import summary
 from qs_jax.evaluation.study import calibrated_on, study
 from qs_jax.evaluation.windows import Plan, cut, whole
-from qs_jax.files import write_whole
-from qs_jax.lens import LENS_FILE, Lens, with_lens
+from qs_jax.files import LENS_FILE, write_whole
+from qs_jax.lens import Lens, with_lens
 from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.request import bind_policy

@@ -44,6 +44,11 @@ def write_presets(found: Mapping[str, Any]) -> None:
     fill(PAGE, {**tables, **tried})
 
 
+def write_direct_lens(found: Mapping[str, Any]) -> None:
+    """Put what the direct lens brings into the pages."""
+    fill(PAGE, direct_lens(found))
+
+
 def fill(file: Path, blocks: Mapping[str, str]) -> None:
     """Put each block between its markers in a page, where it has them."""
     page = file.read_text("utf-8")
@@ -194,6 +199,46 @@ def presets(judged: Mapping[str, Any]) -> str:
         found = [row["presets"][name] for name in names]
         cells = [cell for one in found for cell in (_percent(one, 2), _share(one["flops_reduction"]))]
         lines.append(f"| {row['model']} | {TEXTS.get(row['text'], row['text'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def direct_lens(found: Mapping[str, Any]) -> dict[str, str]:
+    """By name the tables of what there is: parts at equal saving, the way of tuning, calibrated policies, real time."""
+    tables: dict[str, str] = {}
+    if "fit" in found:
+        points = (f"| {one['minutes']:.1f} | {one['steps']} | {one['held_out']:.4f} |" for one in found["fit"]["curve"])
+        tables["direct tuning"] = "\n".join(["| minutes | steps | nats per token |", "|---|---|---|", *points])
+    if "judge" in found:
+        texts = {file: rows for file, rows in found["judge"].items() if file in TEXTS}
+        first = next(iter(texts.values()))
+        rows = {
+            f"{kind} | {last}": [rows[kind][last] for rows in texts.values()] for kind in first for last in first[kind]
+        }
+        tables["direct parts"] = _by_text("keys and values | last tokens that run", texts, rows)
+    if "calibrate" in found:
+        texts = found["calibrate"]["texts"]
+        policies = {
+            f"{name} | {one['prompt_halting']['layers'][0]} | {one['protect_last']}": [t[name] for t in texts.values()]
+            for name, one in found["calibrate"]["policies"].items()
+            if one["prompt_halting"]
+        }
+        tables["direct calibrated"] = _by_text("policy | stop after | last tokens that run", texts, policies)
+    if "time" in found:
+        lines = ["| prompt | dense, ms | direct lens, ms | faster | by the ledger |", "|---|---|---|---|---|"]
+        for tokens, one in found["time"].items():
+            if tokens.isdigit():
+                ms = (f"{one[side]['median_ms']:.0f}" for side in ("dense", "direct"))
+                lines.append(f"| {tokens} | {' | '.join(ms)} | {one['speedup']:.2f} × | {one['ledger']:.2f} × |")
+        tables["direct time"] = "\n".join(lines)
+    return tables
+
+
+def _by_text(head: str, texts: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What rows save and cost on each text, in points of perplexity."""
+    heads = " | ".join(TEXTS[file] for file in texts)
+    lines = [f"| {head} | FLOPs saved | {heads} |", "|" + "---|" * (2 + head.count("|") + len(texts))]
+    for name, found in rows.items():
+        lines.append(f"| {name} | {_share(found[0]['flops_reduction'])} | {' | '.join(map(_points, found))} |")
     return "\n".join(lines)
 
 

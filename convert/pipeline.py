@@ -17,7 +17,7 @@ from convert.verify import verify as compared
 from qs_jax.checkpoint import replacing, write_manifest, write_part
 from qs_jax.choices import DTYPES, SCHEMES, not_among
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
-from qs_jax.lens import DIRECT_LENS_FILE, LENS_FILE
+from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE
 from qs_jax.progress import Advance, unseen
 from qs_jax.tokenizer_files import TOKENIZER_FILES
 

@@ -10,9 +10,9 @@ from convert.parts import Parts, hf_config, stored_as
 from convert.source import source_of
 from qs_jax.checkpoint import is_converted, read_manifest, read_parts
 from qs_jax.config import ModelConfig
-from qs_jax.files import ModelFiles
+from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE, ModelFiles
 from qs_jax.kernels import TwofoldKernel
-from qs_jax.lens import DIRECT_LENS_FILE, LENS_FILE, DirectLens, Lens, with_direct_lens, with_lens
+from qs_jax.lens import DirectLens, Lens, with_direct_lens, with_lens
 from qs_jax.matryoshka.stored import collect, dense_path, expand, from_manifest
 from qs_jax.models import abstract_arrays, network_from_arrays
 from qs_jax.models.base import CausalLM

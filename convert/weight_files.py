@@ -11,8 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qs_jax.errors import CheckpointError
-from qs_jax.files import LONGEST_NAME
-from qs_jax.lens import DIRECT_LENS_FILE, LENS_FILE
+from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE, LONGEST_NAME
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -71,7 +71,7 @@ KvRuleOption = Annotated[
     OneOf(get_args(KvRuleName)),
     typer.Option(
         "--kv-rule",
-        help="What deeper layers see of halted tokens; by default affine where there is a lens, else frozen.",
+        help="What deeper layers see of halted tokens; by default as the model's lens says, else frozen.",
     ),
 ]
 

@@ -30,6 +30,7 @@ from qs_jax.evaluation.defaults import (
     BATCH,
     CALIBRATION_TOKENS,
     CONFIDENCE,
+    DIRECT_LENS_TOKENS,
     LENS_TOKENS,
     MAX_PPL_INCREASE,
     SCORED_TOKENS,
@@ -38,6 +39,7 @@ from qs_jax.evaluation.defaults import (
 )
 from qs_jax.evaluation.goal import Goal, broken
 from qs_jax.evaluation.target import free_target
+from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE
 
 EVAL_EXAMPLES = """Examples:
 
@@ -230,8 +232,10 @@ LENS_EXAMPLES = """Examples:
 
 \b
   qs-jax lens ./model --text train.txt
+  qs-jax lens ./model --text train.txt --direct 18 --tune 10
   qs-jax calibrate ./model --text other.txt
-A lens in the model's folder is found there; calibrate then lets halted tokens follow it."""
+A lens in the model's folder is found there; calibrate then lets halted tokens follow it, the direct one if there are
+two. A tuning that was interrupted goes on with --resume: the file always holds the best so far."""
 
 
 @common_options()
@@ -239,30 +243,54 @@ def lens(
     model: ModelArgument,
     text: Text,
     documents: Documents = DOCUMENTS,
-    out: Annotated[str | None, typer.Option(help="File to write; by default lens.safetensors in MODEL.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the maps; by default a quarter of the hidden size.")] = None,
-    max_tokens: MaxTokens = LENS_TOKENS,
+    out: Annotated[
+        str | None, typer.Option(help="File to write; by default lens.safetensors or direct_lens.safetensors in MODEL.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the maps; by default a quarter of the hidden size, with --direct two thirds.")
+    ] = None,
+    direct: Annotated[
+        list[int] | None,
+        typer.Option(help="Fit a direct lens, for prompt tokens that stop after so many layers; may be repeated."),
+    ] = None,
+    tune: Annotated[
+        float, typer.Option(help="With --direct: minutes to lower what it costs the text that follows, for each stop.")
+    ] = 0.0,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"Most tokens to fit on: by default {LENS_TOKENS}, with --direct {DIRECT_LENS_TOKENS}."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="With --tune: go on from what the file holds.")] = False,
     overwrite: Overwrite = False,
     *,
     common: Common,
 ) -> None:
-    """Fit the affine lens: what layers do to halted tokens, in closed form. Nothing is trained; beyond the paper."""
+    """Fit a lens, stand-ins for layers that halted tokens skip, to a model that stays as it is; beyond the paper.
+
+    The affine lens carries a token's state on, layer by layer. The direct lens makes keys and values of all later
+    layers of what a prompt token showed, and can be tuned.
+    """
     with reporting_errors(common.debug):
-        target = _target(model, out, "lens.safetensors", overwrite=overwrite)
+        if not direct and (tune or resume):
+            raise EvaluationError("--tune and --resume are of the direct lens; name a stop with --direct")
+        target = _target(model, out, DIRECT_LENS_FILE if direct else LENS_FILE, overwrite=overwrite or resume)
         from qs_jax.corpus import Corpus
-        from qs_jax.evaluation import api
+        from qs_jax.evaluation import api, api_direct
 
         corpus = Corpus.of(text, documents)
         loaded = load_model(model, common)
+        options: dict[str, Any] = {"out": target, "rank": rank, "overwrite": overwrite}
         with progress("fitting") as advance:
-            fit = api.fit_lens(
-                loaded, corpus, out=target, rank=rank, max_tokens=max_tokens, overwrite=overwrite, advance=advance
-            )
+            if direct:
+                options |= {"tune": tune, "resume": resume, "max_tokens": max_tokens or DIRECT_LENS_TOKENS}
+                fit = api_direct.fit_direct_lens(loaded, corpus, direct, advance=advance, **options)
+            else:
+                fit = api.fit_lens(loaded, corpus, max_tokens=max_tokens or LENS_TOKENS, advance=advance, **options)
         if common.json:
             print_json(fit.to_json())
             return
-        for layer, share in enumerate(fit.explained, start=2):
-            print(f"layer {layer:3}: {share:z6.1%} of what it adds is affine in what enters it")
+        for line in fit.lines():
+            print(line)
         print(f"written to {target}")
 
 

@@ -12,6 +12,10 @@ from qs_jax.errors import CheckpointError
 LONGEST_NAME = 255
 """Bytes that a file's name may have."""
 
+LENS_FILE = "lens.safetensors"
+DIRECT_LENS_FILE = "direct_lens.safetensors"
+"""Names in a model's folder, where `qs_jax.load` finds them."""
+
 
 @runtime_checkable
 class SmallFile(Protocol):

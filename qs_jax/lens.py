@@ -31,10 +31,6 @@ from qs_jax.files import write_whole
 from qs_jax.models.base import CausalLM
 from qs_jax.models.layers import DirectKv, Shortcut
 
-LENS_FILE = "lens.safetensors"
-DIRECT_LENS_FILE = "direct_lens.safetensors"
-"""Their names in a model's folder, where `qs_jax.load` finds them."""
-
 
 @dataclass(frozen=True)
 class Lens:

@@ -135,6 +135,13 @@ class FittedLens:
             "timing": self.timing,
         }
 
+    def lines(self) -> list[str]:
+        """The same for people."""
+        return [
+            f"layer {layer:3}: {share:z6.1%} of what it adds is affine in what enters it"
+            for layer, share in enumerate(self.explained, start=2)
+        ]
+
 
 class Watch:
     """What goes by from here on."""
@@ -245,8 +252,8 @@ def calibrate(
             arguments; what was measured is in a hidden file beside it. None: nothing is written (the command writes
             `policy.json` into the model's folder).
         signal: what halting looks at: `relative_drift`, `direction_drift`, `raw_drift` or `attention_update`.
-        kv_rule: what deeper layers see of halted tokens, see `Policy`. None: `affine` where the model has a lens, else
-            `frozen`.
+        kv_rule: what deeper layers see of halted tokens, see `Policy`. None: `direct` where the model has such a lens,
+            else `affine` if it has that, else `frozen`.
         overwrite: replace the policy file if it is there.
 
     Raises:

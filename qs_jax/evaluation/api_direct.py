@@ -50,6 +50,19 @@ class FittedDirectLens:
             "timing": self.timing,
         }
 
+    def lines(self) -> list[str]:
+        """The same for people."""
+        found: list[str] = []
+        for stop, explained in self.explained.items():
+            found += [
+                f"stop after {stop}, layer {layer:3}: {share:z6.1%} of its keys and values is linear in what it showed"
+                for layer, share in enumerate(explained, start=stop + 1)
+            ]
+        for stop, curve in self.curves.items():
+            first, best = curve[0]["held_out"], min(point["held_out"] for point in curve)
+            found.append(f"stop after {stop}: tuned from {first:.4f} to {best:.4f} nats per token on windows held out")
+        return found
+
 
 def fit_direct_lens(
     model: Model,
@@ -65,14 +78,14 @@ def fit_direct_lens(
     overwrite: bool = False,
     advance: Advance = unseen,
 ) -> FittedDirectLens:
-    """Fit the direct lens: keys and values of all layers that prompt tokens skip, straight from what they showed before.
-    In closed form; `tune` lowers besides what it costs the text that follows. The model stays as it is; beyond the paper.
+    """Fit the direct lens: keys and values of all layers that prompt tokens skip, straight from what they showed. In
+    closed form; `tune` then lowers what it costs the text that follows. The model stays as it is; beyond the paper.
 
     Args:
         model, text, documents: as for `fit_lens`.
         stops: after how many layers prompt tokens may stop, under policies with `kv_rule` direct.
-        out: file to write; `direct_lens.safetensors` in a model's folder is found by `qs_jax.load`. While it is tuned the
-            file always holds the best so far. None: nothing is written (the command writes it there).
+        out: file to write; `direct_lens.safetensors` in a model's folder is found by `qs_jax.load`. While it is tuned
+            the file always holds the best so far. None: nothing is written (the command writes it there).
         rank: numbers kept of a token, from 1 to the hidden size. None: two thirds of it.
         tune: minutes for each stop, compilation apart.
         resume: tune on from what `out` holds, in place of the closed form.

@@ -24,17 +24,19 @@ _LOOKED_BACK = (0.25, 0.5)
 _SOME = 8
 """Of so many outputs one is looked at when inputs and penalty are chosen."""
 
-Rows = Float[np.ndarray, "tokens features"]
+Rows = Float[np.ndarray, "rows _"]
 
 
 @dataclass(frozen=True)
 class DirectFit:
-    """A map, and by layer the share of the variance of its keys and values that it explains on held-out windows; and
-    the same over all layers by what it might have been made of: (0, 8, 18) for the states after so many layers."""
+    """A map, and by layer the share of the variance of its keys and values that it explains on held-out windows; the
+    same over all layers by what it might have been made of: (0, 8, 18) for the states after so many layers; and the map
+    of the state at the stop `alone`, which shows what looking back brings."""
 
     map: DirectMap
     explained: list[float]
     by_inputs: dict[tuple[int, ...], float]
+    alone: DirectMap
 
 
 class _Moments:
@@ -149,12 +151,17 @@ def _best(parts: "_Parts", inputs: tuple[int, ...], depth: int, rank: int) -> Di
     at, penalty = places[best], scores[best][1]
     down, up, bias = _reduced(used.of(at), penalty, rank)
     share = 1 - kept.of(at).errors(np.concatenate([up @ down, bias[:, None]], axis=1)) / kept.variances
-    down, up, bias = (part.astype(np.float32) for part in _reduced((used + kept).of(at), penalty, rank))
-    layers = depth - stop
+
+    def whole(chosen: tuple[int, ...]) -> DirectMap:
+        found = _reduced((used + kept).of(places[chosen]), scores[chosen][1], rank)
+        down, up, bias = (part.astype(np.float32) for part in found)
+        return DirectMap(chosen, down, up.reshape(depth - stop, -1, rank), bias.reshape(depth - stop, -1))
+
     return DirectFit(
-        DirectMap(best, down, up.reshape(layers, -1, rank), bias.reshape(layers, -1)),
-        share.reshape(layers, -1).mean(axis=1).tolist(),
-        {chosen: explained for chosen, (explained, _) in scores.items()},
+        map=whole(best),
+        explained=share.reshape(depth - stop, -1).mean(axis=1).tolist(),
+        by_inputs={chosen: explained for chosen, (explained, _) in scores.items()},
+        alone=whole((stop,)),
     )
 
 

@@ -26,7 +26,7 @@ from qs_jax.models.attention import new_segment
 from qs_jax.models.base import CausalLM, Hidden
 from qs_jax.models.layers import DirectKv
 
-PEAK = 3e-4
+PEAK = 1e-4
 """The highest learning rate; it rises over the first twentieth of the time and falls to 0 as a cosine."""
 
 SINKS = 4
@@ -160,7 +160,8 @@ def _step(
 ) -> tuple[DirectKv, optax.OptState]:
     weights = _weights(stand_in)
     slopes = jax.grad(lambda w: _divergence(_with_weights(stand_in, w), model, example))(weights)
-    moves, moments = optax.scale_by_adam().update(slopes, moments)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        moves, moments = optax.scale_by_adam().update(slopes, moments)
     return _with_weights(stand_in, jax.tree.map(lambda w, move: w - rate * move, weights, moves)), moments
 
 

@@ -12,7 +12,7 @@ import pytest
 from qs_jax.adaptive.policy import Policy
 from qs_jax.corpus import read_documents
 from qs_jax.evaluation.windows import Plan, cut
-from qs_jax.lens import LENS_FILE
+from qs_jax.files import LENS_FILE
 from qs_jax.loading import load
 from qs_jax.request import bind_policy
 from tests.folders import write_folder

@@ -20,9 +20,10 @@ from qs_jax.corpus import Corpus
 from qs_jax.errors import CheckpointError, ConfigError, EvaluationError
 from qs_jax.evaluation import api
 from qs_jax.evaluation.calibration import Calibrated
+from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS, LENS_TOKENS
 from qs_jax.evaluation.goal import Goal
+from qs_jax.files import LENS_FILE
 from qs_jax.generation_config import GenerationConfig
-from qs_jax.lens import LENS_FILE
 from qs_jax.model import Model
 from tests.folders import tensors_of, write_folder
 from tests.study import LETTERS, command, model_folder
@@ -70,7 +71,6 @@ def defaults(function: Callable[..., Any], without: set[str]) -> dict[str, Any]:
     [
         (cli_study.evaluate, qs_jax.evaluate, PRINTING | LOADING),
         (cli_study.calibrate, qs_jax.calibrate, PRINTING | LOADING),
-        (cli_study.lens, qs_jax.fit_lens, PRINTING | LOADING),
         (convert.cli.convert, qs_jax.convert, PRINTING),
     ],
 )
@@ -78,6 +78,14 @@ def test_names_and_defaults_are_the_commands(
     of_command: Callable[..., Any], function: Callable[..., Any], without: set[str]
 ) -> None:
     assert defaults(of_command, without) == defaults(function, {"advance"})
+
+
+def test_the_command_of_both_lenses_has_the_names_of_both() -> None:
+    ours = defaults(cli_study.lens, PRINTING | LOADING)
+    affine, direct = (defaults(function, {"advance"}) for function in (qs_jax.fit_lens, qs_jax.fit_direct_lens))
+    direct["direct"] = direct.pop("stops")
+    assert (affine.pop("max_tokens"), direct.pop("max_tokens")) == (LENS_TOKENS, DIRECT_LENS_TOKENS)
+    assert ours == {**affine, **direct, "max_tokens": None}  # whichever lens it is has its own
 
 
 def test_names_and_defaults_of_generate_are_the_configs() -> None:
@@ -100,7 +108,9 @@ def test_every_command_loads_as_load_does() -> None:
     assert defaults(nothing, PRINTING) == defaults(qs_jax.load, {"path_or_id", "compilation_cache"})
 
 
-@pytest.mark.parametrize("name", ["calibrate", "convert", "evaluate", "fit_lens", "generate", "load"])
+@pytest.mark.parametrize(
+    "name", ["calibrate", "convert", "evaluate", "fit_direct_lens", "fit_lens", "generate", "load"]
+)
 def test_every_function_is_typed_and_documented(name: str) -> None:
     function = getattr(qs_jax, name)
     parameters = inspect.signature(function).parameters
@@ -113,7 +123,7 @@ def test_every_function_is_typed_and_documented(name: str) -> None:
 
 
 def test_all_names_are_there() -> None:
-    assert {"Policy", "calibrate", "convert", "evaluate", "fit_lens"} < set(qs_jax.__all__)
+    assert {"Policy", "calibrate", "convert", "evaluate", "fit_direct_lens", "fit_lens"} < set(qs_jax.__all__)
     assert all(getattr(qs_jax, name) is not None for name in qs_jax.__all__)
     assert qs_jax.Policy is Policy
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

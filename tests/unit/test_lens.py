@@ -13,8 +13,9 @@ from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.errors import CheckpointError, EvaluationError, PolicyError
 from qs_jax.evaluation import lens as fitting
 from qs_jax.evaluation.lens import fit_lens
+from qs_jax.files import LENS_FILE
 from qs_jax.generation import generate
-from qs_jax.lens import LENS_FILE, Lens, with_lens
+from qs_jax.lens import Lens, with_lens
 from qs_jax.loading import load
 from qs_jax.model import Model
 from tests.study import LETTERS, command, model_folder

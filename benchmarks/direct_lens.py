@@ -1,0 +1,182 @@
+"""The direct lens on the real model: what each part of it brings at equal saving, and real time.
+
+    python -m benchmarks.direct_lens                      # fit, tune, judge, calibrate, time; an hour on two cores
+    python -m benchmarks.direct_lens --keep lens.st       # the same, and the tuned lens is written there as it improves
+    python -m benchmarks.direct_lens --lens lens.st --only time      # with a lens tuned earlier, one part alone
+    python -m benchmarks.direct_lens --report             # the tables of docs/results.md, from the results
+
+SmolLM2, prompts of 512 tokens and 64 scored ones. Fitted on WikiText-103 training passages and C4, calibrated on other
+documents of the two, judged on WikiText-103 test and C4 documents that neither saw.
+
+Prediction, before the first run, for a stop after 18 of 30 layers: with the last 64 tokens running (26 % of all FLOPs)
+frozen keys and values cost more than +5, the composed lens +1, the closed form of the direct one +0.6 of the state at
+the stop alone and +0.45 with two more, tuning brings it to +0.25; with the last 128 running (21 %) to +0.1. A prefill
+gets faster by nine tenths of what the ledger says. Outcome: docs/results.md.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import real_model
+from benchmarks.adaptive_cost import side
+from benchmarks.harness import environment, interleaved, median_ratio, read_result, summary, write_result
+from benchmarks.presets import costs
+from benchmarks.quality import LENS_TOKENS, documents_of, studies
+from benchmarks.quality_report import write_direct_lens
+from qs_jax.adaptive.policy import Halting, KvRuleName, Policy
+from qs_jax.console import progress, reporting_errors
+from qs_jax.evaluation.defaults import CALIBRATION_TOKENS, DIRECT_LENS_TOKENS, TUNED_LAST
+from qs_jax.evaluation.direct import fit_direct
+from qs_jax.evaluation.goal import Goal
+from qs_jax.evaluation.lens import fit_lens
+from qs_jax.evaluation.study import calibrate_model
+from qs_jax.evaluation.tuning import Tuned, tune
+from qs_jax.evaluation.windows import Plan, cut, whole
+from qs_jax.generation import generate
+from qs_jax.lens import DirectLens, DirectMap, Lens, with_direct_lens, with_lens
+from qs_jax.loading import load
+from qs_jax.model import Model
+
+NAME = "direct_lens"
+STOP = 18
+LAST = (64, 128)
+"""Of a prompt's end, how many tokens run through all layers."""
+PARTS = ("judge", "calibrate", "time")
+BUDGETS = ("0.1", "0.2", "0.5")
+PROMPTS = (512, 1023)
+ROUNDS = 7
+FINAL_TOKENS = 5120
+"""Scored of every text under calibrated policies."""
+
+
+def stop(rule: KvRuleName, last: int) -> Policy:
+    """All of the prompt but its ends stops after `STOP` layers."""
+    halting = Halting(thresholds=math.inf, layers=(STOP,))
+    return Policy(f"{rule}, last {last}", prompt_halting=halting, kv_rule=rule, protect_last=last)
+
+
+def lensed(model: Model, found: DirectMap) -> Model:
+    return replace(model, network=with_direct_lens(model.network, DirectLens((found,))))
+
+
+def fitted(model: Model, tokens: int, minutes: float, keep: Path | None) -> tuple[dict[str, Any], dict[str, DirectMap]]:
+    """Maps of the stop by how they were made, and what was seen on the way."""
+    windows = whole(model, documents_of(studies()[real_model.NAME].lens), tokens)
+    with progress("fitting", model.config.num_hidden_layers + 11) as advance:
+        (fit,), seen = fit_direct(model, windows, [STOP], last=TUNED_LAST, advance=advance)
+
+        def write(found: Tuned) -> None:
+            if keep:
+                DirectLens((found.map,)).save(keep)
+
+        tuned = tune(model.network, fit.map, seen, minutes, keep=write, advance=advance)
+    facts = {
+        "tokens": windows.size,
+        "looks_back": fit.map.inputs,
+        "rank": len(fit.map.down),
+        "explained": fit.explained,
+        "explained_by_inputs": [{"inputs": inputs, "share": share} for inputs, share in fit.by_inputs.items()],
+        "curve": tuned.curve,
+    }
+    return facts, {"of the stop alone": fit.alone, "closed form": fit.map, "tuned": tuned.map}
+
+
+def composed(model: Model) -> Lens:
+    """The affine lens, as `qs-jax lens` fits it."""
+    windows = whole(model, documents_of(studies()[real_model.NAME].lens), LENS_TOKENS)
+    with progress("the affine lens", model.config.num_hidden_layers) as advance:
+        return fit_lens(model, windows, advance=advance).lens
+
+
+def judged(model: Model, maps: dict[str, DirectMap], tokens: int) -> dict[str, dict[str, Any]]:
+    """By text, what every rule and map costs and saves."""
+    affine = replace(model, network=with_lens(model.network, composed(model)))
+    sides = {"frozen": (model, "frozen"), "affine": (affine, "affine")}
+    sides |= {f"direct, {name}": (lensed(model, found), "direct") for name, found in maps.items()}
+    texts: dict[str, dict[str, Any]] = {}
+    for part in studies()[real_model.NAME].texts[:2]:
+        documents = documents_of((part,))
+        texts[part[0]] = {
+            name: costs(one, documents, {str(last): stop(rule, last) for last in LAST}, Plan(max_tokens=tokens))
+            for name, (one, rule) in sides.items()
+        }
+    return texts
+
+
+def calibrated(model: Model, tokens: int) -> dict[str, Any]:
+    """Policies calibrated with the lens, and what they cost on text that nothing was chosen on."""
+    chosen, plan = studies()[real_model.NAME], Plan()
+    windows = cut(model, documents_of(chosen.calibration), replace(plan, max_tokens=tokens))
+    with progress("calibrating", 40) as advance:
+        found = calibrate_model(model, windows, plan, [Goal.of(budget) for budget in BUDGETS], advance=advance)
+    policies = {one.goal.name: one.policy for one in found if one.policy.mechanisms}
+    texts = {
+        part[0]: costs(model, documents_of((part,)), policies, replace(plan, max_tokens=FINAL_TOKENS))
+        for part in chosen.texts[:2]
+    }
+    return {"policies": {name: policy.to_json() for name, policy in policies.items()}, "texts": texts}
+
+
+def timed(model: Model, last: int) -> dict[str, Any]:
+    """Prefill of prompts under the policy and dense, in turn; and by how much the ledger says it should be faster."""
+    found: dict[str, Any] = {}
+    sides = {"dense": Policy.off(), "direct": stop("direct", last)}
+    for tokens in PROMPTS:
+        prompt = np.random.default_rng(0).integers(100, 40_000, tokens).tolist()
+        runs = {name: partial(side(model, policy), [prompt], 1) for name, policy in sides.items()}
+        seconds = interleaved(runs, ROUNDS)
+        ledger = generate(model, [prompt], max_new_tokens=1, eos_token_id=[], policy=sides["direct"]).ledger
+        found[str(tokens)] = {
+            "last": last,
+            **{name: summary(values) for name, values in seconds.items()},
+            "speedup": median_ratio(seconds["dense"], seconds["direct"]),
+            "ledger": ledger["flops_off"] / ledger["flops"],
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=DIRECT_LENS_TOKENS, help="most to fit on")
+    parser.add_argument("--tune", type=float, default=10.0, help="minutes")
+    parser.add_argument("--scored-tokens", type=int, default=1536, help="of every text")
+    parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
+    parser.add_argument("--keep", type=Path, help="where to write the tuned lens")
+    parser.add_argument("--lens", type=Path, help="judge this one, fit none")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone")
+    parser.add_argument("--report", action="store_true", help="write the tables, run nothing")
+    asked = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    with reporting_errors(debug=True):
+        result = read_result(NAME)
+        if asked.report:
+            write_direct_lens(result)
+            return
+        model = load(real_model.place(real_model.NAME), dtype="float32")
+        if asked.lens:
+            maps = {"tuned": DirectLens.load(asked.lens, model.config).maps[0]}
+        else:
+            result["fit"], maps = fitted(model, asked.tokens, asked.tune, asked.keep)
+        result["settings"] = {"stop": STOP, "scored_tokens": asked.scored_tokens}
+        best = lensed(model, maps["tuned"])
+        made = {
+            "judge": lambda: judged(model, maps, asked.scored_tokens),
+            "calibrate": lambda: calibrated(best, asked.calibration_tokens),
+            "time": lambda: timed(best, LAST[1]),
+        }
+        for part in asked.only or PARTS:
+            result[part] = {"date": environment()["date"], "cpu": environment()["cpu"], **made[part]()}
+            print(json.dumps(result[part], indent=1), flush=True)
+            print(write_result(NAME, result))
+
+
+if __name__ == "__main__":
+    main()

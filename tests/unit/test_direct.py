@@ -1,0 +1,210 @@
+"""The direct lens: the regression it claims to be, kept and refused as a file, and tuned on what the engine runs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import qs_jax
+from qs_jax.adaptive.policy import Halting, Policy
+from qs_jax.engine.sampling import Sampling
+from qs_jax.engine.session import Request, Session
+from qs_jax.errors import CheckpointError, EvaluationError, PolicyError
+from qs_jax.evaluation import direct as fitting
+from qs_jax.evaluation import tuning
+from qs_jax.evaluation.direct import fit_direct
+from qs_jax.files import DIRECT_LENS_FILE
+from qs_jax.lens import DirectLens, DirectMap, stand_in, with_direct_lens
+from qs_jax.loading import load
+from qs_jax.model import Model
+from qs_jax.request import bind_policy
+from tests.study import LETTERS, command, model_folder
+from tests.tiny import tiny_model
+
+LAYERS, HIDDEN, STOP, LAST = 4, 32, 2, 24
+WINDOWS = np.random.default_rng(5).integers(12, 97, (12, 64))
+FEATURES = 2 * 2 * 8
+SOUND = {
+    "0.1/down": np.zeros((4, 2 * HIDDEN)),
+    "0.1/up": np.zeros((1, FEATURES, 4)),
+    "0.1/biases": np.zeros((1, FEATURES)),
+}
+
+
+def features(model: Model, windows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Normalised states before each layer, and keys and values of all of them side by side, in float64."""
+    tokens = jnp.asarray(windows, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    states, normal, made = model.network.embed(tokens, positions), [], []
+    for block in model.network.blocks:
+        wide = np.asarray(states, np.float64)
+        normal.append(wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-6))
+        made.append(np.concatenate([np.asarray(part, np.float64) for part in block.kv_features(states)], axis=-1))
+        states = block.run(states, positions, ()).hidden_states
+    return normal, np.concatenate(made, axis=-1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_at_full_rank_it_is_the_least_squares_map(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a penalty and of one state, against numpy on all tokens that count: not sinks."""
+    monkeypatch.setattr(fitting, "PENALTIES", (0.0,))
+    model = tiny_model(name, LAYERS)
+    (fit,), _ = fit_direct(model, WINDOWS, [1], rank=HIDDEN)
+    normal, made = features(model, WINDOWS)
+    width = made.shape[-1] // LAYERS
+    at = [part[:, 4:].reshape(-1, HIDDEN) for part in normal]
+    x = np.concatenate([at[layer] for layer in fit.map.inputs], axis=1)
+    y = made[:, 4:, width:].reshape(len(x), -1)
+    solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
+    least = np.square(np.c_[x, np.ones(len(x))] @ solution - y).mean()
+    kernel = fit.map.up.reshape(-1, HIDDEN) @ fit.map.down
+    mine = np.square(x @ kernel.T + fit.map.biases.reshape(-1) - y).mean()
+    assert least <= mine
+    if kernel.shape[1] == HIDDEN:
+        assert mine == pytest.approx(least, rel=1e-3)
+
+
+def test_a_higher_rank_and_more_inputs_explain_more() -> None:
+    model = tiny_model("llama", LAYERS)
+    shares = [np.mean(fit_direct(model, WINDOWS, [STOP], rank=rank)[0][0].explained) for rank in (2, 8, 32)]
+    assert shares == sorted(shares)
+    (fit,), seen = fit_direct(model, WINDOWS, [STOP], last=LAST)
+    assert fit.map.inputs == max(fit.by_inputs, key=lambda inputs: fit.by_inputs[inputs])
+    assert set(fit.by_inputs) == {(2,), (0, 2), (0, 1, 2)}
+    assert (len(fit.explained), seen.final.shape) == (LAYERS - STOP, (12, LAST, HIDDEN))
+
+
+def test_a_fit_for_several_stops_is_the_fits_for_each() -> None:
+    model = tiny_model("gpt2", LAYERS)
+    both, _ = fit_direct(model, WINDOWS, [1, 3], rank=8)
+    for fit in both:
+        (alone,), _ = fit_direct(model, WINDOWS, [fit.map.stop], rank=8)
+        np.testing.assert_allclose(alone.map.up @ alone.map.down, fit.map.up @ fit.map.down, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"stops": [0]}, "a stop after 0 layers is none of"),
+        ({"stops": [LAYERS]}, "1 to 3"),
+        ({"stops": [1], "rank": 33}, "rank is 33, expected a whole number from 1 to 32"),
+        ({"stops": [1], "windows": WINDOWS[:1]}, "too short to fit a lens on"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(EvaluationError, match=complaint):
+        fit_direct(tiny_model("llama", LAYERS), **{"windows": WINDOWS, **options})
+
+
+def direct(model: Model, found: DirectMap) -> Model:
+    return replace(model, network=with_direct_lens(model.network, DirectLens((found,))))
+
+
+def stopping(last: int) -> Policy:
+    halting = Halting(thresholds=np.inf, layers=(STOP,))
+    return Policy("stop", prompt_halting=halting, kv_rule="direct", protect_last=last)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_is_tuned_is_what_the_engine_runs(name: str) -> None:
+    """Final states of the tokens that run, against the logits that the engine scores them with."""
+    model = tiny_model(name, LAYERS)
+    (fit,), seen = fit_direct(model, WINDOWS, [STOP], rank=8, last=LAST)
+    example = tuning._example(seen, fit.map, [0, 1])
+    states = tuning._through(stand_in(fit.map, jnp.dtype(jnp.float32)), model.network, example)
+    mine = np.asarray(model.network.head(states[:, tuning.SINKS :]))
+    scored = 8
+    request = Request(
+        prompts=WINDOWS[:2, :-scored].tolist(), copies=1, max_new_tokens=scored, eos_token_ids=[], seeds=[(0, 0)] * 2,
+        sampling=Sampling.of(), chunk_size=scored, policy=bind_policy(direct(model, fit.map), stopping(LAST - scored)),
+        forced=WINDOWS[:2, -scored:].tolist(), keep_logits=True,
+    )  # fmt: skip
+    chunks = list(Session(direct(model, fit.map).network, request).chunks())
+    theirs = np.concatenate([chunk.logits for chunk in chunks])[:scored]
+    np.testing.assert_allclose(theirs, mine[:, -scored - 1 : -1].transpose(1, 0, 2), rtol=0, atol=2e-4)
+
+
+def test_tuning_brings_it_nearer_and_is_never_worse_on_what_was_held_out() -> None:
+    model, kept = tiny_model("llama", LAYERS), list[tuning.Tuned]()
+    (fit,), seen = fit_direct(model, WINDOWS, [STOP], rank=2, last=LAST)
+    worse = replace(fit.map, biases=fit.map.biases + 0.5)
+    found = tuning.tune(model.network, worse, seen, 0.05, peak=1e-2, keep=kept.append)
+    first, *others = [point["held_out"] for point in found.curve]
+    assert min(others) < 0.9 * first
+    assert kept[-1].map is found.map
+    assert [point["minutes"] for point in found.curve] == sorted(point["minutes"] for point in found.curve)
+    ruined = tuning.tune(model.network, fit.map, seen, 0.02, peak=1e3)
+    assert ruined.map is fit.map
+    assert len(ruined.curve) > 1
+
+
+def test_it_is_kept_as_it_was_and_refused_where_it_does_not_fit(tmp_path: Path) -> None:
+    model = tiny_model("llama", LAYERS)
+    fits, _ = fit_direct(model, WINDOWS, [1, 3], rank=8)
+    lens = DirectLens(tuple(fit.map for fit in fits))
+    lens.save(tmp_path / "lens")
+    again = DirectLens.load(tmp_path / "lens", model.config)
+    for one, other in zip(lens.maps, again.maps, strict=True):
+        assert one.inputs == other.inputs
+        assert all((one.arrays[name] == other.arrays[name]).all() for name in one.arrays)
+    with pytest.raises(PolicyError, match=r"for a stop after 2 layers; it has one for 1, 3; fit one with.*--direct 2"):
+        qs_jax.generate(replace(model, network=with_direct_lens(model.network, again)), [[20]], policy=stopping(1))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {**SOUND, "0.1/up": np.zeros((2, FEATURES, 4))},
+        {**SOUND, "0.1/down": np.zeros((4, HIDDEN))},
+        {name: array for name, array in SOUND.items() if not name.endswith("up")},
+        {name.replace("0.1", "1.0"): array for name, array in SOUND.items()},
+        {name.replace("0.1", "0.2"): array for name, array in SOUND.items()},
+        {**SOUND, **{name.replace("0.1", "1"): array for name, array in SOUND.items()}},
+        {**SOUND, "else": np.zeros(3)},
+        {name.replace("0.1", "../1"): array for name, array in SOUND.items()},
+    ],
+)
+def test_a_file_that_is_no_direct_lens_of_the_model_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    folder = model_folder(tmp_path / "model")
+    save_file(arrays, folder / DIRECT_LENS_FILE)
+    with pytest.raises(CheckpointError, match="is no direct lens"):
+        load(folder, compilation_cache=False)
+    save_file(SOUND, folder / DIRECT_LENS_FILE)
+    assert load(folder, compilation_cache=False).network.direct_stops == (1,)
+
+
+def test_policies_that_the_rule_cannot_serve_are_refused() -> None:
+    with pytest.raises(PolicyError, match="leaves no state to choose a token from"):
+        Policy(kv_rule="direct", decode_halting=Halting())
+    with pytest.raises(PolicyError, match="the one layer that its lens is for"):
+        Policy(kv_rule="direct", prompt_halting=Halting())
+
+
+def test_the_command_fits_tunes_and_resumes_it_and_calibrate_tries_it(tmp_path: Path) -> None:
+    folder, text = model_folder(tmp_path / "model", layers=LAYERS), tmp_path / "text.txt"
+    text.write_text("".join(np.random.default_rng(0).choice(list(LETTERS), 4000)))
+    fitting_ = ("lens", folder, "--text", text, "--direct", 2, "--json")
+    status, result, errors = command(*fitting_, "--tune", 0.01)
+    assert status == 0, errors
+    assert set(result["stops"]) == {"2"}
+    assert result["stops"]["2"]["curve"][0]["steps"] == 0
+    assert load(folder, compilation_cache=False).network.direct_stops == (2,)
+    status, _, errors = command(*fitting_)
+    assert (status, "is there already" in errors) == (2, True)
+    status, again, errors = command(*fitting_, "--tune", 0.01, "--resume", "--direct", 1)
+    assert status == 0, errors
+    assert set(again["stops"]) == {"1", "2"}
+    first = again["stops"]["2"]["curve"][0]["held_out"]
+    assert first == pytest.approx(min(point["held_out"] for point in result["stops"]["2"]["curve"]), rel=1e-4)
+    status, _, errors = command("lens", folder, "--text", text, "--tune", 1)
+    assert (status, "name a stop with --direct" in errors) == (2, True)
+    status, found, errors = command(
+        "calibrate", folder, "--text", text, "--prefix", 64, "--window", 16, "--max-tokens", 512, "--json", "--debug",
+        "--max-ppl-increase", 50, "--out", tmp_path / "policy.json",
+    )  # fmt: skip
+    assert status == 0, errors
+    assert found["best_uniform_stop_with_lens"]["policy"]["kv_rule"] == "direct"
