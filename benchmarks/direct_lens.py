@@ -99,7 +99,7 @@ def composed(model: Model) -> Lens:
 def judged(model: Model, maps: dict[str, DirectMap], tokens: int) -> dict[str, dict[str, Any]]:
     """By text, what every rule and map costs and saves."""
     affine = replace(model, network=with_lens(model.network, composed(model)))
-    sides = {"frozen": (model, "frozen"), "affine": (affine, "affine")}
+    sides: dict[str, tuple[Model, KvRuleName]] = {"frozen": (model, "frozen"), "affine": (affine, "affine")}
     sides |= {f"direct, {name}": (lensed(model, found), "direct") for name, found in maps.items()}
     texts: dict[str, dict[str, Any]] = {}
     for part in studies()[real_model.NAME].texts[:2]:

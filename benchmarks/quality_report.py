@@ -189,6 +189,12 @@ def _points(row: Mapping[str, Any]) -> str:
     return f"{row['perplexity_increase']:+.2f}"
 
 
+def _interval(row: Mapping[str, Any]) -> str:
+    """The same with its 95 % interval."""
+    low, high = row["perplexity_increase_interval"]
+    return f"{row['perplexity_increase']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def presets(judged: Mapping[str, Any]) -> str:
     """What every preset costs on every model and text."""
     rows = [row for one in judged["judged"].values() for row in one["rows"]]
@@ -238,7 +244,7 @@ def _by_text(head: str, texts: Mapping[str, Mapping[str, Any]], rows: Mapping[st
     heads = " | ".join(TEXTS[file] for file in texts)
     lines = [f"| {head} | FLOPs saved | {heads} |", "|" + "---|" * (2 + head.count("|") + len(texts))]
     for name, found in rows.items():
-        lines.append(f"| {name} | {_share(found[0]['flops_reduction'])} | {' | '.join(map(_points, found))} |")
+        lines.append(f"| {name} | {_share(found[0]['flops_reduction'])} | {' | '.join(map(_interval, found))} |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qs_jax.evaluation.api import calibrate as calibrate
     from qs_jax.evaluation.api import evaluate as evaluate
     from qs_jax.evaluation.api import fit_lens as fit_lens
+    from qs_jax.evaluation.api_direct import fit_direct_lens as fit_direct_lens
     from qs_jax.generation import GenerateOutput as GenerateOutput
     from qs_jax.generation import StreamPiece as StreamPiece
     from qs_jax.generation import generate as generate
@@ -30,6 +31,7 @@ _HOMES = {
     "calibrate": "qs_jax.evaluation.api",
     "convert": "convert.pipeline",
     "evaluate": "qs_jax.evaluation.api",
+    "fit_direct_lens": "qs_jax.evaluation.api_direct",
     "fit_lens": "qs_jax.evaluation.api",
     "generate": "qs_jax.generation",
     "load": "qs_jax.loading",
@@ -47,6 +49,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate",
+    "fit_direct_lens",
     "fit_lens",
     "generate",
     "load",

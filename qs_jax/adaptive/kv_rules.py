@@ -170,8 +170,7 @@ class Affine(Frozen):
 class Direct(KvRule):
     """Keys and values that the model's direct lens makes for every layer the token skips, of a few numbers kept of it.
 
-    Prompt tokens alone: there is no state in the end that a next token could be chosen from. `stop` is 0 where nobody
-    stops.
+    Prompt tokens alone: there is no state in the end that a next token could be chosen from.
     """
 
     stop: int
@@ -186,7 +185,7 @@ class Direct(KvRule):
         )
 
     def looks_back(self, model: CausalLM) -> tuple[int, ...]:
-        return model.direct_from(self.stop).inputs[:-1] if self.stop else ()
+        return model.direct_from(self.stop).inputs[:-1]
 
     def settle(self, model: CausalLM, layers_run: int, hidden_states: Hidden, aside: tuple[Hidden, ...]) -> Kept:
         if layers_run != self.stop:
@@ -230,18 +229,18 @@ class Shallow(Frozen):
         return self.at_most
 
 
+def _direct(policy: Policy) -> KvRule:
+    """Where nobody stops nobody rests, and no rule is asked for anything."""
+    halting = policy.prompt_halting
+    return Direct(halting.layers[0]) if halting and halting.layers else Zero()
+
+
 KV_RULES: dict[KvRuleName, Callable[[Policy], KvRule]] = {
     "zero": lambda policy: Zero(),
     "drop": lambda policy: Drop(),
     "frozen": lambda policy: Frozen(),
     "affine": lambda policy: Affine(),
-    "direct": lambda policy: Direct(_stop_of(policy)),
+    "direct": _direct,
     "shallow": lambda policy: Shallow(policy.shallow_bits),
 }
 """Every rule, made from what a policy says of it."""
-
-
-def _stop_of(policy: Policy) -> int:
-    """After how many layers prompt tokens stop, where they may after one layer only; 0 if none do."""
-    halting = policy.prompt_halting
-    return halting.layers[0] if halting and halting.layers else 0

@@ -8,6 +8,7 @@ from tests.invariants.cases import (
     GPT2_FROZEN,
     GPT2_NARROW,
     GPT2_ZERO,
+    LLAMA_DIRECT,
     LLAMA_DROP,
     LLAMA_FROZEN,
     LLAMA_NARROW,
@@ -26,7 +27,7 @@ def changed(tokens: list[int], place: int) -> list[int]:
     return [*tokens[:place], (tokens[place] + 1) % 97, *tokens[place + 1 :]]
 
 
-@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_FROZEN, GPT2_NARROW, LLAMA_NARROW))
+@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_FROZEN, LLAMA_DIRECT, GPT2_NARROW, LLAMA_NARROW))
 @settings(max_examples=5)
 @given(data=st.data())
 def test_scored_tokens_do_not_see_later_ones(case: Case, data: st.DataObject) -> None:
@@ -44,7 +45,7 @@ def test_scored_tokens_do_not_see_later_ones(case: Case, data: st.DataObject) ->
         np.testing.assert_array_equal(ours, theirs)
 
 
-@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_FROZEN, GPT2_NARROW, LLAMA_NARROW))
+@each((GPT2_FROZEN, LLAMA_DROP), slow=(GPT2_ZERO, LLAMA_FROZEN, LLAMA_DIRECT, GPT2_NARROW, LLAMA_NARROW))
 @settings(max_examples=5)
 @given(data=st.data())
 def test_prompt_tokens_do_not_see_later_ones(case: Case, data: st.DataObject) -> None:

@@ -14,7 +14,7 @@ from qs_jax.engine.decode import decode_step
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, parse_config, random_network
 from tests.recording import Call, recorded
-from tests.tiny import CONFIGS, with_random_lens
+from tests.tiny import CONFIGS, with_random_direct_lens, with_random_lens
 
 TOLERANCE = 0.02
 PREFILL = "engine.stage.run_stage"
@@ -86,6 +86,21 @@ def test_one_prefill_under_a_policy(model: Model, rule: KvRuleName, monkeypatch:
     assert {1, 2, 3} == set(output.trace["prompt_layers_run"][0])
     expected = sum(counted(call.lower()) for call in calls if call.name == PREFILL)
     assert output.ledger["flops"] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_one_prefill_with_a_direct_lens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens stop after the first layer; what is kept of them, and what that makes, is counted."""
+    monkeypatch.setattr("qs_jax.models.attention._SLOTS", 2048)
+    prompt = np.random.default_rng(0).integers(0, 1000, 128).tolist()
+    halting = Halting("random", 0.5, layers=(1,))
+    policy = Policy(prompt_halting=halting, kv_rule="direct", protect_first=1, protect_last=1)
+    lensed = with_random_direct_lens(model, stop=1, rank=48)
+    with recorded() as calls:
+        output = qs_jax.generate(lensed, prompt, policy=policy, max_new_tokens=1, eos_token_id=[])
+    assert {1, 3} == set(output.trace["prompt_layers_run"][0])
+    expected = sum(counted(call.lower()) for call in calls if call.name == PREFILL)
+    assert output.ledger["flops"] == pytest.approx(expected, rel=TOLERANCE)
+    assert Costs.of(lensed.network).direct[1].settle_flops == 2 * 48 * 2 * model.config.hidden_size
 
 
 @pytest.mark.parametrize("batch", [1, 3])
