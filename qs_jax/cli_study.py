@@ -55,6 +55,7 @@ CALIBRATE_EXAMPLES = """Examples:
 \b
   qs-jax calibrate ./model --text train.txt
   qs-jax calibrate ./model --text train.jsonl --max-ppl-increase 1% --out generous.json
+  qs-jax calibrate ./model --text articles.txt --further-text stories.json --further-text code.txt
 An interrupted calibration goes on where it was when the same command is given again."""
 
 
@@ -167,6 +168,10 @@ def calibrate(
     window: WindowOption = WINDOW,
     max_tokens: MaxTokens = CALIBRATION_TOKENS,
     batch: Batch = BATCH,
+    further_text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text of another kind: the budget is to hold there too; may be repeated."),
+    ] = None,
     overwrite: Overwrite = False,
     *,
     common: Common,
@@ -181,7 +186,7 @@ def calibrate(
         # what can be wrong without the model is, before it is loaded
         Goal.of(max_ppl_increase, confidence)
         Plan(prefix, window, max_tokens, batch)
-        corpus = Corpus.of(text, documents)
+        corpus, further = Corpus.of(text, documents), [Corpus.of(one) for one in further_text or ()]
         loaded = load_model(model, common)
         with progress("calibrating") as advance:
             found = api.calibrate(
@@ -196,6 +201,7 @@ def calibrate(
                 window=window,
                 max_tokens=max_tokens,
                 batch=batch,
+                further_text=further,
                 overwrite=overwrite,
                 advance=advance,
             )

@@ -42,6 +42,7 @@ class FakeBench:
 
     seed: int
     windows: int = 40
+    texts: list[np.ndarray] | None = None
 
     def true_shift(self, policy: Policy) -> float:
         return 0.3 * layers_saved(policy) ** 2
@@ -55,6 +56,9 @@ class FakeBench:
 
     def dense(self, part: Part) -> Measured:
         return self.of(Policy.off(), part)
+
+    def by_text(self, part: Part) -> list[np.ndarray]:
+        return self.texts or [np.arange(self.windows)]
 
     def increase(self, policy: Policy, part: Part) -> float:
         return increase(self.of(policy, part).values, self.dense(part).values)

@@ -1,7 +1,8 @@
 """The studies as calls: text in, a result out. What `qs-jax eval`, `calibrate` and `lens` do, by the same names."""
 
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -238,6 +239,7 @@ def calibrate(
     window: int = WINDOW,
     max_tokens: int = CALIBRATION_TOKENS,
     batch: int = BATCH,
+    further_text: Sequence[Text] | None = None,
     overwrite: bool = False,
     advance: Advance = unseen,
 ) -> Calibration:
@@ -254,6 +256,7 @@ def calibrate(
         signal: what halting looks at: `relative_drift`, `direction_drift`, `raw_drift` or `attention_update`.
         kv_rule: what deeper layers see of halted tokens, see `Policy`. None: `direct` where the model has such a lens,
             else `affine` if it has that, else `frozen`.
+        further_text: texts of other kinds, whole, of which as much is taken: the budget holds on each of them.
         overwrite: replace the policy file if it is there.
 
     Raises:
@@ -271,7 +274,8 @@ def calibrate(
         raise EvaluationError(not_among("signal", signal, get_args(StateSignalName)))
     goal, plan = Goal.of(max_ppl_increase, confidence), Plan(prefix, window, max_tokens, batch)
     corpus = Corpus.of(text, documents)
-    windows = cut(model, corpus.documents, plan)
+    texts = [corpus.documents, *(Corpus.of(one).documents for one in further_text or ())]
+    windows = [replace(w, text=number) for number, one in enumerate(texts) for w in cut(model, one, plan)]
     advance(0, total=_MEASUREMENTS)
     found = calibrate_model(
         model, windows, plan, [goal], signal=signal, kv_rule=kv_rule, target=target, advance=advance

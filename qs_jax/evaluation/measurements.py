@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from qs_jax.adaptive.policy import Policy
 from qs_jax.errors import EvaluationError
@@ -45,7 +46,8 @@ class Measured:
 
 
 def split(windows: Sequence[Window], batch: int) -> dict[Part, list[Window]]:
-    """A quarter of the windows to search with, the rest to test with, in whole batches, evenly mixed.
+    """A quarter of the windows to search with, the rest to test with, in whole batches, evenly mixed, and so of each of
+    several texts its share.
 
     Raises:
         EvaluationError: too few windows to tell anything.
@@ -94,9 +96,15 @@ class Measurements:
     def dense(self, part: Part) -> Measured:
         return self.of(Policy.off(), part)
 
+    def by_text(self, part: Part) -> list[Int[np.ndarray, " windows"]]:
+        """Of a part, the places of each text's windows."""
+        texts = np.asarray([window.text for window in self.parts[part]])
+        return [np.flatnonzero(texts == text) for text in np.unique(texts)]
+
     def increase(self, policy: Policy, part: Part) -> float:
-        """Perplexity above the dense model's."""
-        return increase(self.of(policy, part).values, self.dense(part).values)
+        """Perplexity above the dense model's, on the text where that is most."""
+        values, dense = self.of(policy, part).values, self.dense(part).values
+        return max(increase(values[places], dense[places]) for places in self.by_text(part))
 
     def cost(self, policy: Policy) -> float:
         """Share of the FLOPs executed and, where weights can be read at fewer bits, of their bytes, on the search part:

@@ -16,12 +16,14 @@ LONGEST_PREFIX = 512
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids of a prefix (the prompt) and of what is scored, and the stretch of text behind each of them."""
+    """Token ids of a prefix (the prompt) and of what is scored, and the stretch of text behind each of them; and of
+    several texts the number of the one that it is of."""
 
     prompt: tuple[int, ...]
     scored: tuple[int, ...]
     prompt_pieces: tuple[str, ...]
     scored_pieces: tuple[str, ...]
+    text: int = 0
 
     @property
     def scored_bytes(self) -> int:

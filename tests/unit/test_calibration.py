@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qs_jax.adaptive.policy import Policy
-from qs_jax.evaluation.calibration import _p_value, calibrate
+from qs_jax.evaluation.calibration import _p_value, _row, calibrate
 from qs_jax.evaluation.candidates import Space
 from qs_jax.evaluation.goal import Goal, broken
 from qs_jax.evaluation.measurements import Measured, Measurements, Part
@@ -64,7 +64,7 @@ class Shifted(FakeBench):
     """Scores that are given."""
 
     def __init__(self, off: np.ndarray, on: np.ndarray):
-        super().__init__(seed=0)
+        super().__init__(seed=0, windows=len(off))
         self.off, self.on = off, on
 
     def of(self, policy: Policy, part: Part) -> Measured:
@@ -96,6 +96,21 @@ def test_percent_are_points_of_what_the_dense_model_scores() -> None:
     assert [one.policy.name for one in found] == ["calibrated +2.7%", "calibrated +13.5%"]
     assert found[0].to_json()["max_ppl_increase"] == "2.7%"
     assert 0 < layers_saved(found[0].policy) < layers_saved(found[1].policy)
+
+
+def test_of_several_texts_the_one_that_suffers_most_decides() -> None:
+    """Its p-value counts and its increase is reported; the other text alone would let the policy pass."""
+    dense, noise = np.full(40, np.log(20.0)), np.random.default_rng(0).normal(0, 0.01, 40)
+    shift = np.repeat([0.002, 0.02], 20)
+    both = Shifted(dense, dense + shift + noise)
+    both.texts = [np.arange(20), np.arange(20, 40)]
+    harmless, harmful = (Shifted(dense[at], (dense + shift + noise)[at]) for at in both.texts)
+    for goal in (Goal.of("1%"), Goal.of(0.2)):
+        p = [_p_value(bench, goal)(Policy.paper()) for bench in (both, harmless, harmful)]
+        assert p[0] == p[2]
+        assert p[1] < 0.05 < p[2]
+    rows = [_row(bench, Policy.paper(), Goal.of(0.2), False) for bench in (both, harmful)]
+    assert rows[0]["perplexity_increase"] == pytest.approx(rows[1]["perplexity_increase"])
 
 
 def test_larger_budgets_save_more() -> None:

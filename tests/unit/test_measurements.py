@@ -1,5 +1,6 @@
 """What calibration measures, keeps and takes up again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,21 @@ def test_fewer_bits_that_read_more_bytes_are_no_saving(folder: Path, monkeypatch
     found = {"dense": Measured([1.0], 2.0, 8.0, 0.0, 0.0), "mixed": Measured([1.0], 2.0, 6.0, 0.0, -0.2)}
     monkeypatch.setattr(bench, "of", lambda policy, part: found[policy.name])
     assert bench.cost(Policy(name="mixed")) > bench.cost(Policy(name="dense"))
+
+
+def test_of_several_texts_the_increase_is_the_largest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(folder / "model", compilation_cache=False)
+    windows = [replace(w, text=number) for number in (0, 1) for w in cut(model, [TEXT], Plan(40, 8, 256))]
+    bench = Measurements(model, windows, 8, None)
+    for part in ("search", "test"):
+        places = bench.by_text(part)
+        assert [len(at) for at in places] == [len(bench.parts[part]) // 2] * 2
+        assert all(bench.parts[part][place].text == text for text, at in enumerate(places) for place in at)
+    count = len(bench.parts["test"])
+    worse = np.where([window.text == 1 for window in bench.parts["test"]], 0.1, 0.3)
+    nll = {"off": [1.0] * count, "one": (1 + worse).tolist()}
+    monkeypatch.setattr(bench, "of", lambda policy, part: Measured(nll[policy.name], 2.0, 8.0, 0.0, 0.0))
+    assert bench.increase(Policy(name="one"), "test") == pytest.approx(np.exp(1.3) - np.exp(1.0))
 
 
 def test_the_parts_share_no_window(folder: Path) -> None:
