@@ -49,6 +49,11 @@ def write_direct_lens(found: Mapping[str, Any]) -> None:
     fill(PAGE, direct_lens(found))
 
 
+def write_validity(found: Mapping[str, Any]) -> None:
+    """Put how often calibrated budgets were kept into the page."""
+    fill(PAGE, {"validity": validity(found)})
+
+
 def fill(file: Path, blocks: Mapping[str, str]) -> None:
     """Put each block between its markers in a page, where it has them."""
     page = file.read_text("utf-8")
@@ -237,6 +242,24 @@ def direct_lens(found: Mapping[str, Any]) -> dict[str, str]:
                 lines.append(f"| {tokens} | {' | '.join(ms)} | {one['speedup']:.2f} × | {one['ledger']:.2f} × |")
         tables["direct time"] = "\n".join(lines)
     return tables
+
+
+def validity(found: Mapping[str, Any]) -> str:
+    """By budget: how many calibrations kept it on fresh text, and what they chose."""
+    lines = [
+        "| budget | kept it | of these, off | increase, mean (most) | FLOPs saved, mean |",
+        "|---|---|---|---|---|",
+    ]
+    rows = found["calibrations"]
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        of = [row for row in rows if row["budget"] == budget]
+        kept = sum(row["increase"] <= row["points"] for row in of)
+        off = sum(row["interval"] is None for row in of)
+        shares = [row["increase"] / found["perplexity_off"] for row in of]
+        saved = sum(row["flops_reduction"] for row in of) / len(of)
+        mean = f"{sum(shares) / len(of):+.2%} ({max(shares):+.2%})"
+        lines.append(f"| +{budget} | {kept} of {len(of)} | {off} | {mean} | {_share(saved)} |")
+    return "\n".join(lines)
 
 
 def _by_text(head: str, texts: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
