@@ -4,7 +4,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality_report import across, block, merged, presets, replaced, side_by_side, table
+from benchmarks.quality_report import (
+    across,
+    block,
+    direct_lens,
+    merged,
+    presets,
+    replaced,
+    side_by_side,
+    table,
+    validity,
+)
 
 
 def row(name: str, kind: str, increase: float, flops: float) -> dict[str, Any]:
@@ -112,3 +122,38 @@ def test_what_presets_cost_is_a_row_per_model_and_text() -> None:
     assert presets({"judged": {"smollm2": {"rows": [row]}}}).splitlines()[-1] == (
         "| smollm2 | C4 | +0.50% (-0.10%, +1.10%) | 2.6% |"
     )
+
+
+def test_what_the_direct_lens_brings_is_told_by_text_and_only_as_far_as_it_was_measured() -> None:
+    cost = {"flops_reduction": 0.25, "perplexity_increase": 0.1234, "perplexity_increase_interval": [-0.05, 0.3]}
+    texts = {"c4-sample.jsonl": {"tuned": {"64": cost}}, "wikitext103-test.raw.txt": {"tuned": {"64": cost}}}
+    halting = {"prompt_halting": {"layers": [18]}, "protect_last": 64}
+    found = {
+        "judge": {"date": "today", "cpu": "mine", **texts},
+        "calibrate": {
+            "policies": {"calibrated +0.2": halting, "calibrated +0.1": {"prompt_halting": None, "protect_last": 16}},
+            "texts": {"c4-sample.jsonl": {"calibrated +0.2": cost}},
+        },
+        "time": {
+            "cpu": "mine",
+            "512": {"dense": {"median_ms": 10.0}, "direct": {"median_ms": 8.0}, "speedup": 1.25, "ledger": 1.3},
+        },
+        "fit": {"curve": [{"minutes": 0.0, "steps": 0, "held_out": 0.05}]},
+    }  # fmt: skip
+    tables, costs = direct_lens(found), "25.0% | +0.12 (-0.05 to +0.30)"
+    assert tables["direct parts"].splitlines()[-1] == f"| tuned | 64 | {costs} | +0.12 (-0.05 to +0.30) |"
+    assert tables["direct calibrated"].splitlines()[2:] == [
+        "| calibrated +0.2 | 18 | 64 | 25.0% | +0.12 (-0.05 to +0.30) |"
+    ]
+    assert tables["direct time"].splitlines()[-1] == "| 512 | 10 | 8 | 1.25 × | 1.30 × |"
+    assert tables["direct tuning"].splitlines()[-1] == "| 0.0 | 0 | 0.0500 |"
+    assert direct_lens({}) == {}
+
+
+def test_budgets_that_were_kept_are_counted_and_calibrations_that_trust_nothing_apart() -> None:
+    rows = [
+        {"budget": "1%", "increase": increase, "points": 0.1, "interval": interval, "flops_reduction": 0.1}
+        for increase, interval in ((0.05, [0.0, 0.1]), (0.2, [0.1, 0.3]), (0.0, None))
+    ]
+    last = validity({"perplexity_off": 10.0, "calibrations": rows}).splitlines()[-1]
+    assert last == "| +1% | 2 of 3 | 1 | +0.83% (+2.00%) | 10.0% |"
