@@ -4,8 +4,9 @@ Of every way to make rounds (`Way`) it expects a time and a number of tokens, an
 token, or plain steps. Times are measured. What lookups bring is foretold from the text, whoever decoded it (`Replay`),
 so that text that does not repeat itself is decoded by plain steps, at the cost of the replay. How often any other draft
 is right only its own rounds tell (`Rightness`). So these are tried, and with caution: a small share of all time is put
-aside for it, what they lose is taken from that and what they gain is added, and where rounds of wrong drafts would cost
-more than there is, they wait. So that share is all that they ever lose, whatever they promise.
+aside for it, what they lose against what would have been done without them is taken from that, what they gain is added,
+and where rounds of wrong drafts would cost more than there is, they wait. So that share is all that they ever lose,
+whatever they promise.
 
 A round of another size or draft is another program. It is compiled once it would have saved a share of the time that
 compiling takes: were it the whole time, both together would be at most twice what would have been best, had one known
@@ -79,8 +80,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Drafting:
-    """How a request drafts: the ways there are, and whether to choose among them and plain steps while it runs; without
-    `adapts` the first way is used throughout."""
+    """How a request drafts: the ways there are, foretold ones first, and whether to choose among them and plain steps
+    while it runs; without `adapts` the first way is used throughout."""
 
     ways: tuple[Way, ...]
     adapts: bool = False
@@ -139,8 +140,8 @@ class Pacing:
         self._known = _KNOWN.setdefault(model, _Known())
         self._lookups = {way.count: way for way in drafting.ways if way.foretold and drafting.adapts}
         self._opened = False
-        self._paid = self._made = 0.0
-        self._ran: tuple[Way | None, float, float] | None = None
+        self._paid = self._made = self._untried = 0.0
+        self._ran: tuple[Way | None, float] | None = None
         self._indices = [TextIndex(prompt if self._lookups else ()) for prompt in prompts]
         self._replays = [{count: Replay(index, count) for count in self._lookups} for index in self._indices]
         for rightness in self._known.rightness.values():
@@ -157,13 +158,17 @@ class Pacing:
         if not self._opened:
             self._opened = True
             return self._opening(shape, step, left)
-        best, least = None, _WORTH * step
+        best, least, self._untried = None, _WORTH * step, step
         for way in self._ways:
             rounds = self._rounds_a_token(way, live)
             if rounds is None:
                 continue
             per_token = self._expected(way, shape, step) * rounds
-            if self._compiles(way, shape, per_token) and per_token < least and self._affords(way, shape, step):
+            if not self._compiles(way, shape, per_token) or per_token >= least:
+                continue
+            if way.foretold:
+                best, least, self._untried = way, per_token, per_token
+            elif self._affords(way, shape, step):
                 best, least = way, per_token
         for row in live:
             for replay in self._replays[row].values():
@@ -180,8 +185,7 @@ class Pacing:
             return
         times.append(seconds / passes)
         del times[:-_MOST_TIMES]
-        step = self._seconds(None, shape)
-        self._ran = (way, seconds, step) if self._adapts and step else None
+        self._ran = (way, seconds) if self._adapts else None
 
     def learn(self, way: Way, right: int, wrong: int) -> None:
         """Of a way's drafts so many were right, and so many the first of a round that was not."""
@@ -202,11 +206,11 @@ class Pacing:
                     replay.begin()
 
     def _settle(self, made: float) -> None:
-        """Put aside a share of the last chunk's time, or what a trial gained or lost against plain steps."""
+        """Put aside a share of the last chunk's time, or what a trial gained or lost."""
         if self._ran:
-            way, seconds, step = self._ran
+            way, seconds = self._ran
             tried = way is not None and not way.foretold
-            self._known.aside += made * step - seconds if tried else _ASIDE * seconds
+            self._known.aside += made * self._untried - seconds if tried else _ASIDE * seconds
         self._ran = None
 
     def _rounds_a_token(self, way: Way, live: Int[ndarray, " live"]) -> float | None:
@@ -227,8 +231,8 @@ class Pacing:
         return known.foregone[which] >= (_EARNED if way.foretold else 1.0) * known.compiling
 
     def _affords(self, way: Way, shape: Shape, step: float) -> bool:
-        """Whether there is enough for rounds of a way that bring a token each, or they are no trial."""
-        return way.foretold or self._known.aside >= ROUNDS * (self._expected(way, shape, step) - step)
+        """Whether there is enough for rounds of a way that bring a token each."""
+        return self._known.aside >= ROUNDS * (self._expected(way, shape, step) - self._untried)
 
     def _opening(self, shape: Shape, step: float, left: int) -> Way | None:
         """Before there is any text to replay: as many lookups as are known to cost little even where none is right."""

@@ -188,6 +188,25 @@ def test_drafts_that_do_not_pay_are_given_up(price: float, right: float) -> None
     assert sum(decoded(made, price, right, 400)[2]) <= (10 if right < 0.5 else 0)
 
 
+def test_a_trial_is_measured_by_what_would_be_done_without_it() -> None:
+    """Lookups bring a token in a third of a step: four rounds of 0.9 that bring one each lose 2.2 to 2.4, and eight
+    seconds for sixteen tokens are a loss, though plain steps take sixteen."""
+    made = paced(ways=(*LOOKUPS, CODES))
+    took(made, 0, 1.0)
+    for way, seconds in ((LOOKUPS[0], 2.8), (LOOKUPS[1], 2.8), (CODES, 0.9)):
+        for _ in range(2):
+            made.took(way, SHAPE, seconds, 1, RAN)
+    made._known.rightness["bits:4"] = Rightness(1000.0, 0.0)
+    for aside, expected in ((2.1, 8), (2.5, 2)):
+        made.see([PERIOD * 8])
+        made._known.aside = aside
+        assert chosen(made) == expected
+    made.took(CODES, SHAPE, 8.0, ROUNDS, RAN)
+    made.see([PERIOD * 2])
+    assert made._known.aside == pytest.approx(2.5 + 16 * made._untried - 8.0)
+    assert 0.3 < made._untried < 0.35
+
+
 def test_a_program_that_only_hope_speaks_for_must_have_missed_saving_all_of_its_time() -> None:
     """Hopefully a round takes 1.8 steps and brings 2.44 tokens: 4.2 steps saved of every 16."""
     made = paced(ways=(CODES,))
