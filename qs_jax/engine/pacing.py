@@ -206,11 +206,11 @@ class Pacing:
                     replay.begin()
 
     def _settle(self, made: float) -> None:
-        """Put aside a share of the last chunk's time, or what a trial gained or lost."""
+        """Put aside a share of the time that the last chunk takes at best, or what a trial gained or lost."""
         if self._ran:
             way, seconds = self._ran
-            tried = way is not None and not way.foretold
-            self._known.aside += made * self._untried - seconds if tried else _ASIDE * seconds
+            due, tried = made * self._untried, way is not None and not way.foretold
+            self._known.aside += due - seconds if tried else _ASIDE * due
         self._ran = None
 
     def _rounds_a_token(self, way: Way, live: Int[ndarray, " live"]) -> float | None:
