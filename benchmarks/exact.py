@@ -4,7 +4,7 @@
     python -m benchmarks.exact --dtype bfloat16    # the same in bfloat16
     python -m benchmarks.exact --batch 4           # the prompts of a set together; 8: each of them twice
     python -m benchmarks.exact --sets continuation # only this set; the run's others stay
-    python -m benchmarks.exact --codes             # dense weights with Matryoshka codes beside them, which may draft
+    python -m benchmarks.exact --codes             # `auto` with Matryoshka codes beside the weights, and without
     python -m benchmarks.exact --model reference_models/llama
     python -m benchmarks.exact --peers             # beside transformers' and llama.cpp's lookup, where installed
     python -m benchmarks.exact --quick             # a prompt of each set, nothing written
@@ -299,7 +299,7 @@ def alike(texts: dict[str, Any]) -> str:
 
 
 def drafts_of(found: dict[str, Any]) -> list[str]:
-    return list(next(iter(found["sets"].values()))[0]["drafts"])
+    return list(dict.fromkeys(chain(*(row["drafts"] for rows in found["sets"].values() for row in rows))))
 
 
 def parsed() -> argparse.Namespace:
@@ -326,10 +326,12 @@ def parsed() -> argparse.Namespace:
 
 def compared(asked: argparse.Namespace) -> dict[str, Any]:
     """The sets asked for by every candidate."""
-    model, sets = model_named(asked.model, asked.dtype), {}
-    model = with_codes(model) if asked.codes else model
-    candidates = {"plain": ours(model, {})}
-    drafts = {name: ours(model, {"exact": True, "draft": name}) for name in asked.draft or DRAFTS}
+    dense, sets = model_named(asked.model, asked.dtype), {}
+    model = with_codes(dense) if asked.codes else dense
+    candidates, names = {"plain": ours(model, {})}, asked.draft or (DRAFTS[1:] if asked.codes else DRAFTS)
+    drafts = {name: ours(model, {"exact": True, "draft": name}) for name in names}
+    if asked.codes:
+        drafts["auto without codes"] = ours(dense, {"exact": True, "draft": "auto"})
     groups = {name: batches(model, name, asked.batch) for name in asked.sets}
     for prompts in asked.warm * (not asked.quick) * list(chain(*groups.values())):
         for run in drafts.values():
