@@ -56,6 +56,9 @@ ROUNDS = 4
 Shape = tuple[int, bool, bool]
 """What times depend on beside the model and what is drafted: rows held, and whether they sample and penalise."""
 
+_ANEW = 64
+"""Requests after which rounds are measured anew: the machine may have been busy when they were found too slow."""
+
 _FEWEST_TIMES = 2
 _MOST_TIMES = 5
 
@@ -118,15 +121,25 @@ def _key(way: Way | None, shape: Shape) -> _Key:
 
 @dataclass
 class _Known:
-    """What a process learned of a model: the last times of rounds and of plain steps, how often drafts were right,
-    seconds put aside for trying, seconds that it took to compile one of these programs, and what those not yet compiled
-    would have saved."""
+    """What a process learned of a model in so many requests: the last times of rounds and of plain steps, how often
+    drafts were right, seconds put aside for trying, seconds that it took to compile one of these programs, and what
+    those not yet compiled would have saved."""
 
+    requests: int = 0
     times: dict[_Key, list[float]] = field(default_factory=dict)
     rightness: dict[str, Rightness] = field(default_factory=dict)
     aside: float = 0.0
     compiling: float = 0.0
     foregone: dict[_Key, float] = field(default_factory=dict)
+
+    def another_request(self) -> None:
+        """It may be another matter than those before: what they showed counts less."""
+        self.requests += 1
+        for rightness in self.rightness.values():
+            rightness.fade()
+        for (_, count, _), times in self.times.items():
+            if count and not self.requests % _ANEW:
+                times.clear()
 
 
 _KNOWN: WeakKeyDictionary[CausalLM, _Known] = WeakKeyDictionary()
@@ -144,8 +157,7 @@ class Pacing:
         self._ran: tuple[Way | None, float] | None = None
         self._indices = [TextIndex(prompt if self._lookups else ()) for prompt in prompts]
         self._replays = [{count: Replay(index, count) for count in self._lookups} for index in self._indices]
-        for rightness in self._known.rightness.values():
-            rightness.fade()  # another request may be another matter
+        self._known.another_request()
 
     def choose(self, live: Int[ndarray, " live"], shape: Shape, left: int) -> Way | None:
         """The way of these rows' next rounds, of which some may still gain `left` tokens; None for plain steps."""

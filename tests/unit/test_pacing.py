@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qs_jax.adaptive.binding import dense
 from qs_jax.engine.compilation import CompileMeter
 from qs_jax.engine.drafts import Lookup, Steps
-from qs_jax.engine.pacing import _KNOWN, ROUNDS, Drafting, Pacing, Rightness, Way
+from qs_jax.engine.pacing import _ANEW, _KNOWN, ROUNDS, Drafting, Pacing, Rightness, Way
 from tests.tiny import tiny_model
 
 LOOKUPS = tuple(Way("lookup", Lookup(), count) for count in (8, 4))
@@ -180,12 +180,21 @@ def test_drafts_that_pay_are_found_and_kept(price: float, right: float, speed: f
 
 @pytest.mark.parametrize(("price", "right"), [(0.25, 0.1), (0.9, 0.99)], ids=["mostly wrong", "too slow"])
 def test_drafts_that_do_not_pay_are_given_up(price: float, right: float) -> None:
-    """Whose time is known once and for all; of how often they are right another try may tell otherwise."""
+    """Whose time is known for many requests; of how often they are right another try may tell otherwise."""
     made = paced(ways=(*LOOKUPS, CODES))
     _, _, tried = decoded(made, price, right, 400)
     assert 2 <= sum(tried) <= 6
     made = paced(ways=(*LOOKUPS, CODES), anew=False)
     assert sum(decoded(made, price, right, 400)[2]) <= (10 if right < 0.5 else 0)
+
+
+def test_rounds_that_were_too_slow_are_measured_anew_after_many_requests() -> None:
+    """Once the machine is free, and without another compilation."""
+    ways = (*LOOKUPS, CODES)
+    assert sum(decoded(paced(ways=ways), 0.9, 0.99, 100)[2]) > 0
+    tried = [any(decoded(paced(ways=ways, anew=False), 0.2, 0.99, 20)[2]) for _ in range(80)]
+    assert tried.index(True) == _ANEW - 2  # after the first one, and counted from none
+    assert all(tried[_ANEW:])
 
 
 def test_a_trial_is_measured_by_what_would_be_done_without_it() -> None:
