@@ -201,7 +201,8 @@ class Pacing:
 
     def learn(self, way: Way, right: int, wrong: int) -> None:
         """Of a way's drafts so many were right, and so many the first of a round that was not."""
-        self._known.rightness.setdefault(way.name, Rightness()).see(right, wrong)
+        if not way.foretold:
+            self._known.rightness.setdefault(way.name, Rightness()).see(right, wrong)
 
     def see(self, gained: Sequence[Sequence[int]]) -> None:
         """Text that each row gained, in whatever way."""
