@@ -39,7 +39,7 @@ from qs_jax.adaptive.binding import dense
 from qs_jax.adaptive.ledger import PassCosts, Tally
 from qs_jax.engine.decode import Controls, DecodeState
 from qs_jax.engine.exact import History, Proposal
-from qs_jax.engine.pacing import Drafting
+from qs_jax.engine.pacing import Drafting, Way
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
 from qs_jax.model import Model
@@ -95,7 +95,7 @@ def decoded(model: Model, prompt: list[int], tokens: int, draft: Scripted | None
         sampling=Sampling.of(),
         chunk_size=_CHUNK,
         policy=dense(model.config),
-        drafting=Drafting(draft, (count,)) if draft else None,
+        drafting=Drafting((Way("script", draft, count),)) if draft else None,
     )
     session = Session(model.network, request)
     made = [token for chosen in session.chunks() for token in chosen.tokens[chosen.emitted[:, 0], 0].tolist()]

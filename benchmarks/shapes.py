@@ -10,6 +10,7 @@ from benchmarks import real_model
 from qs_jax.choices import BITS
 from qs_jax.fitting.grid import EVEN, Bend
 from qs_jax.fitting.rounding import round_to_nearest
+from qs_jax.kernels import TwofoldKernel, is_nested
 from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, random_network
@@ -81,6 +82,13 @@ def nested_model(model: Model, group_size: int = 64, bend: Bend = EVEN) -> Model
             least = BITS[-1] if path.startswith("blocks.") else BITS[0]
             arrays[path] = replace(kernel, least=least, dtype=model.dtype)
     return replace(model, network=network_from_arrays(model.config, arrays, dtype=model.dtype))
+
+
+def with_codes(model: Model) -> Model:
+    """The same model, dense unless bits are asked for: codes lie beside the weights that `nested_model` replaces."""
+    arrays, coded = arrays_by_path(model.network), arrays_by_path(nested_model(model).network)
+    both = {path: TwofoldKernel(arrays[path], array) if is_nested(array) else array for path, array in coded.items()}
+    return replace(model, network=network_from_arrays(model.config, both, dtype=model.dtype))
 
 
 def model_named(name: str, dtype: str = "float32") -> Model:

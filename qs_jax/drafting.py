@@ -1,13 +1,14 @@
 """From the names of drafts to what a round asks: bound to a model, and refused where the model lacks the means."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.policy import Halting, Policy
+from qs_jax.choices import BITS
 from qs_jax.engine.drafts import Cascade, Lookup, Steps
 from qs_jax.engine.exact import Draft
-from qs_jax.engine.pacing import Drafting
+from qs_jax.engine.pacing import Drafting, Way
 from qs_jax.errors import GenerationError
 from qs_jax.generation_config import GenerationSettings
 from qs_jax.kernels import has_planes, most_bits
@@ -15,6 +16,16 @@ from qs_jax.model import Model
 
 _LOOKED_UP = (8, 4, 2)
 """Drafts a round among which `auto` chooses, where they cost nothing but a longer pass."""
+
+_TRIED = 2
+"""Drafts a round that `auto` tries where each is a step of its own: every other number is another program, and two
+need be right least often."""
+
+_FEWEST_BITS = 4
+"""Of codes that `auto` tries: at two next to no draft is right."""
+
+_BESIDE = 4
+"""What a step takes beside reading weights, in bits of each: so fast it is hoped to be, as of wide layers it is."""
 
 _NAMED = 4
 """Looked up a round where nobody chooses: more pay on text that repeats itself at length, fewer on any other."""
@@ -44,11 +55,21 @@ def drafting(model: Model, asked: GenerationSettings, bind: Callable[[Policy], B
             "give draft='policy' (--draft policy), or leave the policy out"
         )
     if names == ("auto",):
-        return Drafting(Lookup(), _LOOKED_UP, adapts=True)
+        looked_up = (Way("lookup", Lookup(), count) for count in _LOOKED_UP)
+        return Drafting((*looked_up, *_coded(model, asked, bind(Policy.off()))), adapts=True)
     draft = _draft(names[0], model, asked, bind)
     for name in names[1:]:
         draft = Cascade(draft, _bits(name, model, asked), _AHEAD)
-    return Drafting(draft, (_CHECKED if len(names) > 1 else _NAMED if names == ("lookup",) else _RUN,))
+    count = _CHECKED if len(names) > 1 else _NAMED if names == ("lookup",) else _RUN
+    return Drafting((Way(" → ".join(names), draft, count),))
+
+
+def _coded(model: Model, asked: GenerationSettings, off: BoundPolicy) -> Iterator[Way]:
+    """Ways that read codes at fewer bits, where the model has any."""
+    most = asked.bits or most_bits(model.network)
+    for bits in BITS if has_planes(model.network) else ():
+        if _FEWEST_BITS <= bits < most:
+            yield Way(f"bits:{bits}", Steps(off, bits), _TRIED, price=(bits + _BESIDE) / (most + _BESIDE))
 
 
 def _draft(name: str, model: Model, asked: GenerationSettings, bind: Callable[[Policy], BoundPolicy]) -> Draft:

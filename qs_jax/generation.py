@@ -46,9 +46,10 @@ class GenerateOutput:
     `timing` are seconds of wall clock; `trace_s` and `compile_s` (or loading what was compiled before) are part of the
     phase in which they happened; `load_s`, of the model, is part of none. `decode_steps` are passes over the weights.
     In exact mode `timing` and, per row, `trace` have `rounds`, `drafted` and `accepted` (drafts, and those that were
-    right); `trace` has the latter two by round as well, `timing` the plain steps among the passes as `fallback`. By
-    token `trace` has `from_draft`, whether it was a draft, and `in_round`, which of the row's rounds it is of, counted
-    from 0: -1 for the first token, which the prompt gives, and those of plain steps.
+    right); `trace` has the latter two by round as well, and what drafted there (`draft_by_round`), `timing` the plain
+    steps among the passes as `fallback`. By token `trace` has `from_draft`, whether it was a draft, and `in_round`,
+    which of the row's rounds it is of, counted from 0: -1 for the first token, which the prompt gives, and those of
+    plain steps.
     """
 
     texts: list[str]

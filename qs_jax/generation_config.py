@@ -68,8 +68,8 @@ class GenerationConfig:
         draft: what proposes tokens in exact mode: `lookup` (what followed the last tokens where they occurred before),
             `bits:8`, `bits:4` or `bits:2` (Matryoshka codes, at fewer bits than the model is read at), `policy` (the
             model under the policy), `lens` or `lens:LAYER` (early exit through the model's lens), or a list, cheapest
-            first, in which each `bits:N` checks what stands before it. `auto` looks up where that pays and decodes
-            plainly where not.
+            first, in which each `bits:N` checks what stands before it. `auto` looks up where that pays, tries
+            codes at fewer bits where the model has them, and decodes plainly where neither pays.
 
     Raises:
         GenerationError: a value out of range, or a setting of sampling where decoding is sure to be greedy.

@@ -17,8 +17,9 @@ from qs_jax.engine.compilation import METER
 from qs_jax.engine.decode import Chosen, Controls, DecodeState, begin, decode_chunk
 from qs_jax.engine.exact import exact_chunk
 from qs_jax.engine.meter import Meter
-from qs_jax.engine.pacing import ROUNDS, Drafting, Drafts
+from qs_jax.engine.pacing import ROUNDS, Drafting, Way
 from qs_jax.engine.prefill import Prefilled, first_capacity, grow_jit, prefill
+from qs_jax.engine.rounds import Drafts
 from qs_jax.engine.sampling import Sampling
 from qs_jax.models.base import CausalLM
 from qs_jax.token_set import token_set
@@ -124,15 +125,15 @@ class Session:
                 return
             started = time.perf_counter()
             state = self._shrink(state, batch)
-            count = self._drafts_a_round(batch)
+            way = self._way(batch)
             before = METER.reading()
-            state, chosen, passes = self._rounds(state, batch, count) if count else self._steps(state, batch)
+            state, chosen, passes = self._rounds(state, batch, way) if way else self._steps(state, batch)
             seconds = time.perf_counter() - started
             if self.drafts and passes:
-                self.drafts.took(count, self._shape(batch), seconds / passes, METER.since(before))
+                self.drafts.pacing.took(way, self._shape(batch), seconds, passes, METER.since(before))
             self.decode_seconds += seconds
             self.decode_steps += passes
-            self.rounds += passes if count else 0
+            self.rounds += passes if way else 0
             yield self._told(chosen, batch)
 
     def _steps(self, state: DecodeState, batch: _Batch) -> tuple[DecodeState, Chosen, int]:
@@ -147,10 +148,10 @@ class Session:
         ahead = self._ahead(chunk.chosen, batch)
         return state, chunk.chosen, self._meter.decode(chunk, capacities, longest, twin_steps=ahead)
 
-    def _rounds(self, state: DecodeState, batch: _Batch, count: int) -> tuple[DecodeState, Chosen, int]:
-        """A chunk of rounds of `count` drafts, and how many of them ran a layer."""
+    def _rounds(self, state: DecodeState, batch: _Batch, way: Way) -> tuple[DecodeState, Chosen, int]:
+        """A chunk of rounds, and how many of them ran a layer."""
         assert self.drafts is not None
-        draft = self.drafts.draft
+        draft, count = way.draft, way.count
         left = min(ROUNDS * (count + 1), self._left(batch))
         longest = self._longest(left)
         state = self._make_room(state, batch, left)
@@ -159,17 +160,17 @@ class Session:
         state, chunk = exact_chunk(self.model, state, history, draft, self._controls, count=count, rounds=ROUNDS)
         chunk, batch.done = jax.device_get((chunk, state.done))
         batch.slots = chunk.filled.tolist()
-        self.drafts.count(chunk.rounds, batch.rows)
+        self.drafts.count(way, chunk.rounds, batch.rows)
         chosen = jax.tree.map(
             lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), chunk.rounds.chosen
         )
         ahead = self._ahead(chosen, batch)
         return state, chosen, self._meter.rounds(chunk, draft, capacities, longest, twin_steps=ahead)
 
-    def _drafts_a_round(self, batch: _Batch) -> int:
-        """0 for plain steps."""
+    def _way(self, batch: _Batch) -> Way | None:
+        """None for plain steps."""
         live = batch.rows[~batch.done]
-        return self.drafts.choose(live, self._shape(batch), self._left(batch)) if self.drafts else 0
+        return self.drafts.pacing.choose(live, self._shape(batch), self._left(batch)) if self.drafts else None
 
     def _left(self, batch: _Batch) -> int:
         """Most tokens that a live row may still produce."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,30 +99,41 @@ def continuation(result: Mapping[str, Any], row: int) -> list[dict[str, Any]]:
         note = f"{layers} of {depth} layers, {bits:.3g} bits, log-probability {logprob:.2f}"
         found.append({"text": text, "saved": 1 - layers / depth, "note": note, "marks": ["low"] if bits < 8 else []})
     if draft is not None:  # and all tokens are read alike
-        _mark_rounds(found, draft["name"], result["from_draft"][row], result["in_round"][row])
+        _mark_rounds(
+            found, draft["kind"], *(result[name][row] for name in ("draft_by_round", "from_draft", "in_round"))
+        )
     return found
 
 
-def _mark_rounds(found: list[dict[str, Any]], draft: str, from_draft: list[bool], in_round: list[int]) -> None:
+def _mark_rounds(
+    found: list[dict[str, Any]], kind: str, drafts: list[str], from_draft: list[bool], in_round: list[int]
+) -> None:
+    """Say who made each token; drafts of another kind than the text's have that one's colour."""
     before = _NO_ROUND
     for token, right, number in zip(found, from_draft, in_round, strict=True):
         if number == _NO_ROUND:
             token["note"], token["marks"] = f"decoded plainly; {token['note']}", []
         else:
+            draft = drafts[number]
             source, mark = (f"drafted by {draft}", "drafted") if right else ("the dense model's own", "own")
             token["note"] = f"round {number + 1}, {source}; {token['note']}"
             token["marks"] = [mark] if number == before else ["begins", mark]
+            token["marks"] += [f"by-{_kind(draft)}"] if right and _kind(draft) != kind else []
         before = number
 
 
 def _draft(result: Mapping[str, Any]) -> dict[str, str] | None:
-    """What drafted in exact mode: its name as asked for, and its kind, which has a colour."""
+    """What drafted in exact mode, and the kind that has the text's colour: that of the first."""
     if "in_round" not in result:
         return None
-    names = ["lookup" if name == "auto" else name for name in result["settings"]["draft"]]
-    if len(names) > 1:
-        return {"name": f"the cascade {' → '.join(names)}", "kind": "cascade"}
-    return {"name": names[0], "kind": names[0].partition(":")[0]}
+    used = list(dict.fromkeys(chain(*result["draft_by_round"]))) or ["nothing"]
+    names = (f"the cascade {name}" if _kind(name) == "cascade" else name for name in used)
+    return {"name": " and ".join(names), "kind": _kind(used[0])}
+
+
+def _kind(draft: str) -> str:
+    """A draft's kind, which has a colour, from its name in a trace."""
+    return "cascade" if " → " in draft else draft.partition(":")[0]
 
 
 def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:

@@ -12,7 +12,7 @@ from qs_jax.adaptive.binding import dense
 from qs_jax.engine import session as sessions
 from qs_jax.engine.decode import DecodeState
 from qs_jax.engine.exact import Draft, exact_chunk
-from qs_jax.engine.pacing import Drafting
+from qs_jax.engine.pacing import Drafting, Way
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session
 from qs_jax.model import Model
@@ -57,7 +57,7 @@ def run(
         sampling=sampling or Sampling.of(),
         chunk_size=CHUNK,
         policy=dense(model.config),
-        drafting=Drafting(draft, (count,)) if draft else None,
+        drafting=Drafting((Way("named", draft, count),)) if draft else None,
     )
     session = Session(model.network, request)
     made = Ran(session, [[] for _ in prompts], [[] for _ in prompts], [])

@@ -1,7 +1,8 @@
 """Exact mode makes the text of plain decoding, whatever is drafted, and no round more than the drafts deserve."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,8 @@ from qs_jax.engine import session as sessions
 from qs_jax.engine.compilation import METER
 from qs_jax.engine.drafts import Lookup, Steps
 from qs_jax.engine.exact import exact_round
-from qs_jax.engine.pacing import TextIndex
+from qs_jax.engine.pacing import Pacing, Way
+from qs_jax.engine.replay import TextIndex
 from qs_jax.engine.sampling import Sampling
 from qs_jax.model import Model
 from qs_jax.models import parse_config, random_network
@@ -221,6 +223,31 @@ def test_drafts_read_the_bytes_of_codes_and_passes_those_of_dense_weights(bits: 
     passes, rest = divmod(ledger.run.weight_bytes - ledger.draft_bytes - prompt, Costs.of(plain.network).step_bytes())
     assert (rest, 4 <= passes < TOKENS - 1) == (0, True)
     assert ledger.twin == alone.twin
+
+
+@pytest.mark.parametrize("sampled", [{}, SAMPLING], ids=["greedy", "sampled"])
+def test_a_text_may_be_drafted_in_every_way_in_turn(sampled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `auto` chooses among, in any order: the same text, told apart by round, and nothing compiled anew."""
+    model = quantised(tiny_model("llama"), keep_dense=True)
+    text = qs_jax.generate(tiny_model("llama"), PROMPTS[:2], max_new_tokens=60, **sampled)
+
+    def in_turn(turns: Iterator[int]) -> Any:
+        def choose(pacing: Any, *_: Any) -> Way | None:
+            ways = [pacing._ways[1], None, *pacing._ways[3:]]
+            return ways[next(turns) % len(ways)]
+
+        return choose
+
+    before = METER.reading()
+    for first in range(2):
+        monkeypatch.setattr(Pacing, "choose", in_turn(itertools.count(first)))
+        before = METER.reading()
+        exact = qs_jax.generate(model, PROMPTS[:2], exact=True, max_new_tokens=60, **sampled)
+        assert exact.tokens == text.tokens
+        for row, names in enumerate(exact.trace["draft_by_round"]):
+            assert set(names) == {"lookup", "bits:8", "bits:4"}
+            assert len(names) == exact.trace["rounds"][row] == len(exact.trace["accepted_by_round"][row])
+    assert METER.since(before).programs == 0
 
 
 def test_several_sequences_of_a_prompt() -> None:

@@ -14,7 +14,8 @@ import qs_jax
 from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.engine.drafts import Cascade, Lookup, Steps
 from qs_jax.engine.exact import Draft
-from qs_jax.engine.pacing import TextIndex
+from qs_jax.engine.pacing import Way
+from qs_jax.engine.replay import TextIndex
 from qs_jax.errors import GenerationError, PolicyError
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
@@ -68,23 +69,47 @@ def asked(model: Model, **settings: Any) -> Any:
 DECODE = Policy("p", decode_halting=Halting("relative_drift", 0.1))
 
 
+def named(model: Model, **settings: Any) -> Any:
+    """The draft that a request names, which uses no other."""
+    (way,) = asked(model, **settings).ways
+    return way.draft
+
+
 def test_names_stand_for_drafts() -> None:
     codes = with_random_lens(quantised(tiny_model("llama", 4)))
-    assert asked(codes, draft="lookup").draft == Lookup()
-    auto = asked(codes)
-    assert (auto.draft, auto.adapts, len(auto.counts)) == (Lookup(), True, 3)
-    bits = asked(codes, draft="bits:4").draft
+    assert named(codes, draft="lookup") == Lookup()
+    bits = named(codes, draft="bits:4")
     assert (type(bits), bits.bits, bits.policy.is_off) == (Steps, 4, True)
-    policy = asked(codes, draft="policy", policy=DECODE).draft
+    policy = named(codes, draft="policy", policy=DECODE)
     assert (type(policy), policy.bits, policy.policy.decode_halting.layers) == (Steps, None, (2, 3))
-    lens = asked(codes, draft="lens").draft.policy
+    lens = named(codes, draft="lens").policy
     assert (lens.decode_halting.layers, lens.kv_rule.__class__.__name__) == ((3,), "Affine")
     assert float(lens.decode_halting.thresholds[3]) == math.inf
-    assert asked(codes, draft=["lens:1"]).draft.policy.decode_halting.layers == (1,)
-    cascade = asked(codes, draft=["lookup", "bits:2", "bits:4"]).draft
+    assert named(codes, draft=["lens:1"]).policy.decode_halting.layers == (1,)
+    cascade = named(codes, draft=["lookup", "bits:2", "bits:4"])
     assert (type(cascade), type(cascade.first)) == (Cascade, Cascade)
     assert (cascade.bits, cascade.first.bits, cascade.first.first) == (4, 2, Lookup())
-    assert all(isinstance(draft, Draft) for draft in (auto.draft, bits, cascade))
+    assert all(isinstance(draft, Draft) for draft in (Lookup(), bits, cascade))
+    (way,) = asked(codes, draft=["lookup", "bits:4"]).ways
+    assert way.name == "lookup → bits:4"
+
+
+def test_auto_looks_up_and_may_try_codes_at_fewer_bits() -> None:
+    """Those that the model has, below what it is read at, but for 2 bits."""
+    plain, codes = tiny_model("llama"), quantised(tiny_model("llama"))
+    both, looked_up = quantised(tiny_model("llama"), keep_dense=True), [Way("lookup", Lookup(), n) for n in (8, 4, 2)]
+    for model, bits, expected in (
+        (plain, None, {}),
+        (codes, None, {"bits:4": 8 / 12}),
+        (codes, 4, {}),
+        (both, None, {"bits:8": 12 / 36, "bits:4": 8 / 36}),
+        (both, 8, {"bits:4": 8 / 12}),
+    ):
+        auto = asked(model, bits=bits)
+        assert auto.adapts
+        assert [*auto.ways[:3]] == looked_up
+        assert {way.name: way.price for way in auto.ways[3:]} == expected
+        assert all((way.count, way.draft.bits) == (2, int(way.name[-1])) for way in auto.ways[3:])
 
 
 def test_what_cannot_draft_is_refused_in_one_line() -> None:

@@ -24,10 +24,12 @@ def calibration() -> dict[str, Any]:
 
 
 def generation(*draft: str) -> dict[str, Any]:
-    """Two rows: a round with two right drafts, a plain step, a round with none; and what a prompt alone gives."""
+    """Two rows: a round with two right drafts, a plain step, a round with none; and what a prompt alone gives. `auto`
+    looks up."""
     exact = {
         "from_draft": [[False, True, True, False, False, False], [False]],
         "in_round": [[-1, 0, 0, 0, -1, 1], [-1]],
+        "draft_by_round": [[" → ".join(draft).replace("auto", "lookup")] * 2, []],
     }
     return {
         "model": f"model {HOSTILE}",
@@ -143,6 +145,23 @@ def test_a_text_of_exact_mode_says_of_every_token_who_made_it() -> None:
     assert notes[1] == notes[2] == "round 1, drafted by bits:4"
     assert (notes[3], notes[5]) == ("round 1, the dense model's own", "round 2, the dense model's own")
     assert told[1]["note"].endswith("6 of 6 layers, 32 bits, log-probability -0.25")
+
+
+def test_drafts_of_several_kinds_have_each_their_colour() -> None:
+    mixed = {**generation("auto"), "draft_by_round": [["lookup", "bits:8"], ["bits:8"]]}
+    mixed |= {"from_draft": [[False, True, False, True, True, False], [True]], "in_round": [[-1, 0, 0, 1, 1, 1], [0]]}
+    told = continuation(mixed, 0)
+    assert [token["marks"] for token in told[1:5]] == [
+        ["begins", "drafted"],
+        ["own"],
+        ["begins", "drafted", "by-bits"],
+        ["drafted", "by-bits"],
+    ]
+    assert told[3]["note"].startswith("round 2, drafted by bits:8;")
+    assert "exact mode, drafted by lookup and bits:8 (auto)." in render([mixed])
+    assert "exact mode, drafted by nothing (auto)." in render(
+        [{**mixed, "draft_by_round": [[], []], "in_round": [[-1] * 6, [-1]]}]
+    )
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,35 @@ def test_a_file_in_another_format_holds_the_same_model(tmp_path: Path) -> None:
     assert in_format(source, tmp_path / "work", "F16").stat().st_mtime_ns == written
 
 
+def test_a_run_keeps_the_sets_that_were_not_run_again() -> None:
+    """And a draft that a set was not run with is not in its column."""
+    ran = {"ratio": 2.0, "whole": 1.5, "gaps": []}
+    before = {"batch": 1, "sets": {"chat": [{"plain": 9.0, "drafts": {"auto": ran, "lookup": ran}}]}}
+    found = {"batch": 1, "sets": {"continuation": [{"plain": 7.0, "drafts": {"auto": ran}}]}}
+    runs = {"m": exact.joined(before, found)}
+    assert exact.table(runs).splitlines()[2:] == [
+        "| m, `auto` | 2.00 (2.00) | – | – | 2.00 (2.00) | 0 of 2 |",
+        "| m, `lookup` | 2.00 (2.00) | – | – | – | 0 of 1 |",
+    ]
+    assert "| m, `lookup` | 9.0 | 2.00, 1.50 | – | – | – |" in exact.details(runs)
+    assert exact.joined(runs["m"], before)["sets"] == runs["m"]["sets"]
+
+
+def test_prompts_are_said_where_there_is_a_chat_template_and_twice_where_there_are_too_few() -> None:
+    plain, talks = tiny_model("llama"), tiny_model("llama", tokenizer=True)
+    assert exact.ids_of(plain, "Hi", said=True) == [72, 105]
+    said, text = (exact.ids_of(talks, "hi", said=said) for said in (True, False))
+    assert len(said) > len(text)
+    (eight,) = exact.batches(plain, "continuation", 8)
+    assert eight[:4] == eight[4:] == exact.batches(plain, "continuation", 4)[0]
+    assert exact.batches(plain, "continuation", 1) == [[ids] for ids in eight[:4]]
+
+
+def test_rounds_are_told_apart_by_what_drafted() -> None:
+    trace = {"draft_by_round": [["lookup", "bits:8"], ["bits:8"]], "accepted_by_round": [[3, 1], [2]]}
+    assert exact.rounds_by(trace) == {"lookup": [1, 3], "bits:8": [2, 3]}
+
+
 def test_readme_says_what_exact_mode_s_result_says() -> None:
     runs = read_result("exact")["runs"]
     told = {README: {"exact": exact.table, "exact short": exact.short}, METHOD: {"exact details": exact.details}}
