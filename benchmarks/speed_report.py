@@ -145,12 +145,17 @@ def traced(shapes: dict[str, Any]) -> str:
 def fitted(fits: dict[str, Any]) -> str:
     """What a fit takes that has nothing compiled, and how much of it is compiling."""
     return "".join(
-        f"\n`qs-jax {command}` of {name.removesuffix(command).strip()} with nothing compiled before, {row['cpu']}: "
+        f"\n`qs-jax {command}` of {name.removesuffix(command).strip()} with nothing compiled before, {row['cpu']}{_limited(row)}: "
         f"{seconds['total_s'] / 60:.1f} minutes, {seconds['compile_s'] / seconds['total_s']:.0%} of them compiling, "
         f"{seconds['trace_s'] / seconds['total_s']:.0%} tracing (`python -m benchmarks.start --fit {command}`).\n"
         for name, row in fits.items()
         for command, seconds in row["sides"].items()
     )
+
+
+def _limited(row: dict[str, Any]) -> str:
+    """How much text a fit was given, where that is not what it takes by default."""
+    return f", {row['max_tokens']:,} tokens of text" if row.get("max_tokens") else ""
 
 
 def few_rows(passes: dict[str, Any]) -> str:
