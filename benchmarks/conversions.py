@@ -163,13 +163,17 @@ def request(folder: Path, bits: int | None) -> dict[str, Any]:
         output = generate(model, prompts, bits=bits, max_new_tokens=NEW_TOKENS, eos_token_id=[])
         return time.perf_counter() - started, output
 
-    (cold, _), (warm, output) = timed(), timed()
+    (cold, first), (warm, output) = timed(), timed()
     return {
         "peak_rss_mb": peak_rss_mb(),
         "cold_s": cold,
+        "trace_s": first.timing["trace_s"],
+        "compile_s": first.timing["compile_s"],
         "warm_s": warm,
         "decode_ms_per_step": 1e3 * output.timing["decode_s"] / output.timing["decode_steps"],
         "weight_bytes_per_step": Costs.of(model.network).step_bytes(bits or FULL),
+        "date": environment()["date"],
+        "cpu": environment()["cpu"],
     }
 
 

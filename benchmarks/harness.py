@@ -77,11 +77,14 @@ def median_ratio(numerators: list[float], denominators: list[float]) -> float:
 
 
 def _cpu_model() -> str:
+    """The processor's name; where it has no number, as virtual machines' often, with what tells generations apart."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = facts.get("model name", platform.processor())
+    if any(letter.isdigit() for letter in name) or "cpu family" not in facts:
+        return name
+    return f"{name} (family {facts['cpu family']} model {facts['model']})"
 
 
 def _version(name: str) -> str | None:

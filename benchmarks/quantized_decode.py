@@ -51,6 +51,7 @@ def row(name: str, steps: int, rounds: int) -> dict[str, Any]:
     return {
         "model": name,
         "date": environment()["date"],
+        "cpu": environment()["cpu"],
         "steps": steps,
         "rounds": rounds,
         "sides": {side: {**found, "speedup": times[side]} for side, found in compared(seconds).items()},

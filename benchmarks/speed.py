@@ -116,9 +116,12 @@ def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def agreement(sides: dict[str, Generate], prompts: Prompts) -> dict[str, float]:
-    """Share of the first greedy tokens in which a side agrees with ours: do all run the same model?"""
-    tokens = {name: np.asarray(side(prompts, _COMPARED_TOKENS)) for name, side in sides.items()}
+def agreement(sides: dict[str, Generate], prompts: Prompts, room: int = _COMPARED_TOKENS) -> dict[str, float]:
+    """Share of the first greedy tokens, of those there is `room` for, in which a side agrees with ours.
+
+    Do all run the same model?
+    """
+    tokens = {name: np.asarray(side(prompts, min(_COMPARED_TOKENS, room))) for name, side in sides.items()}
     if any(t.shape != tokens[OURS].shape for t in tokens.values()):
         raise AssertionError(f"sides produce different numbers of tokens: { {n: t.shape for n, t in tokens.items()} }")
     return {name: float((t == tokens[OURS]).mean()) for name, t in tokens.items()}
@@ -149,7 +152,7 @@ def decode_row(model: Model, sides: dict[str, Generate], batch: int, steps: int,
 def request_row(model: Model, sides: dict[str, Generate], tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     """One prompt length at batch 1: time to the last new token."""
     prompts = same_prompts(model, 1, tokens)
-    agreed = agreement(sides, prompts)
+    agreed = agreement(sides, prompts, model.config.max_position_embeddings - tokens)
     seconds = interleaved({name: lambda side=side: side(prompts, new_tokens) for name, side in sides.items()}, rounds)
     facts = {"tokens": tokens, "new_tokens": new_tokens, "rounds": rounds}
     return {**facts, "sides": compared(seconds), "agreement": agreed, **_here_and_now()}

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import real_model
+from benchmarks import goals, real_model
 from benchmarks.harness import RESULTS, read_result
 from benchmarks.plots import Panel, draw
 from benchmarks.quality_report import replaced
@@ -20,10 +20,16 @@ _TITLES = {"decode": "A decode step", "prefill": "Time to the first token", "req
 
 
 def measured() -> list[dict[str, Any]]:
-    """Every model's results on every machine, the real model's first."""
+    """Every model's results on every machine, the real model's first, and the machine that most is known of."""
     files = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("speed_*.json"))]
     files.sort(key=lambda file: file["model"] != real_model.NAME)
-    return [part for file in files for part in by_machine(file)]
+    return [part for file in files for part in sorted(by_machine(file), key=_known, reverse=True)]
+
+
+def _known(result: dict[str, Any]) -> tuple[int, str]:
+    """How many studies there are, and of when."""
+    studies = [rows for study in _TITLES if (rows := result.get(study))]
+    return len(studies), max(row.get("date", "") for rows in studies for row in rows)
 
 
 def by_machine(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -50,14 +56,20 @@ def decode_panel(result: dict[str, Any]) -> Panel:
     )
 
 
-def section(result: dict[str, Any]) -> str:
-    """One model's tables; a dash where a side was not measured."""
+def section(result: dict[str, Any], *, first: bool = True) -> str:
+    """One model's tables, of its first machine with what they say; a dash where a side was not measured."""
     machine = result["environment"]
     parts = [
         f"## {result['model']}, {machine['cpu']}\n\n{machine['cores']} cores, float32 unless the side says otherwise.\n"
     ]
-    parts += [_REAL, by_side(result)] if result["model"] == real_model.NAME else by_study(result)
-    shares = ", ".join(f"{row['bandwidth_fraction']:.0%} at batch {row['batch']}" for row in result.get("decode", []))
+    if result["model"] == real_model.NAME:
+        parts += [_REAL, by_side(result)] if first else [by_side(result)]
+    else:
+        parts += by_study(result)
+    shares = ", ".join(
+        f"{row['bandwidth_fraction']:.0%} of {row['measured_bandwidth_gb_s']:.0f} GB/s at batch {row['batch']}"
+        for row in result.get("decode", [])
+    )
     if shares:
         parts.append(f"Share of the memory bandwidth measured in the same run that {OURS} reaches: {shares}.\n")
     return "\n".join(parts)
@@ -100,9 +112,10 @@ def page(
     profiles: dict[str, Any] | None = None,
     starts: dict[str, Any] | None = None,
     few: dict[str, Any] | None = None,
+    asked: str | None = None,
 ) -> str:
     """docs/speed.md."""
-    parts = [_INTRODUCTION, *(section(result) for result in results)]
+    parts = [_INTRODUCTION, *(section(result, first=result is results[0]) for result in results)]
     if few:
         parts.append(few_rows(few["passes"]))
     if starts:
@@ -120,7 +133,7 @@ def page(
         )
     if profiles:
         parts.append(_profiled(profiles["profiles"]))
-    return "\n".join([*parts, _TRIED])
+    return "\n".join([*parts, *([] if asked is None else [asked]), _TRIED])
 
 
 def starting(rows: dict[str, Any]) -> str:
@@ -145,12 +158,18 @@ def traced(shapes: dict[str, Any]) -> str:
 def fitted(fits: dict[str, Any]) -> str:
     """What a fit takes that has nothing compiled, and how much of it is compiling."""
     return "".join(
-        f"\n`qs-jax {command}` of {name.removesuffix(command).strip()} with nothing compiled before, {row['cpu']}: "
-        f"{seconds['total_s'] / 60:.1f} minutes, {seconds['compile_s'] / seconds['total_s']:.0%} of them compiling, "
+        f"\n`qs-jax {command}` of {name.removesuffix(command).strip()} with nothing compiled before, {row['cpu']}"
+        f"{_limited(row)}: {seconds['total_s'] / 60:.1f} minutes, "
+        f"{seconds['compile_s'] / seconds['total_s']:.0%} of them compiling, "
         f"{seconds['trace_s'] / seconds['total_s']:.0%} tracing (`python -m benchmarks.start --fit {command}`).\n"
         for name, row in fits.items()
         for command, seconds in row["sides"].items()
     )
+
+
+def _limited(row: dict[str, Any]) -> str:
+    """How much text a fit was given, where that is not what it takes by default."""
+    return f", {row['max_tokens']:,} tokens of text" if row.get("max_tokens") else ""
 
 
 def few_rows(passes: dict[str, Any]) -> str:
@@ -253,7 +272,7 @@ def documents() -> dict[Path, str]:
     results, readme = measured(), ROOT / "README.md"
     others = map(read_result, ("host_overhead", "scaling", "step_profile", "start", "few_rows"))
     return {
-        DOCS / "speed.md": page(results, *others),
+        DOCS / "speed.md": page(results, *others, asked=goals.table()),
         readme: replaced(readme.read_text("utf-8"), "speed", by_side(results[0]).rstrip()),
     }
 

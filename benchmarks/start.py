@@ -5,6 +5,7 @@
     python -m benchmarks.start --quick        # one round, nothing written
     python -m benchmarks.start --trace llama-2-7b    # of a shape, without its weights: tracing and lowering alone
     python -m benchmarks.start --fit lens            # how much of it is compiling; or calibrate: long
+    python -m benchmarks.start --fit calibrate --max-tokens 1024    # shorter: less of it is not compiling
 
 Whole processes, in turn: `qs-jax generate` with nothing compiled (cold), the same with what that left in the
 compilation cache (warm), and transformers' greedy `generate` of the same folder if torch is there. Of ours the phases
@@ -123,11 +124,12 @@ def traced(shape: str, dtype: str, rounds: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
-def fitted(folder: Path, command: str, dtype: str) -> dict[str, float]:
+def fitted(folder: Path, command: str, dtype: str, tokens: int | None) -> dict[str, float]:
     """Seconds of a fit on WikiText's training part with nothing compiled, and of compiling within it."""
     with tempfile.TemporaryDirectory() as work:
         asked = [sys.executable, "-m", "qs_jax", command, str(folder), "--text", str(text_folder() / WIKITEXT_TRAIN)]
         asked += ["--dtype", dtype, "--out", str(Path(work) / "out"), "--json"]
+        asked += ["--max-tokens", str(tokens)] if tokens else []
         environ = {**os.environ, "QS_JAX_COMPILATION_CACHE": work}
         printed = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True, env=environ).stdout
     return json.loads(printed)["timing"]
@@ -140,16 +142,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, nothing written")
     parser.add_argument("--trace", choices=tuple(SHAPES), metavar="SHAPE", help="trace and lower a shape's programs")
     parser.add_argument("--fit", choices=("lens", "calibrate"), help="one such command, and its time of compiling")
+    parser.add_argument("--max-tokens", type=int, help="of such a command; by default its own")
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else ROUNDS
     with reporting_errors(debug=True):
         if arguments.trace:
             sides = traced(arguments.trace, arguments.dtype, rounds)
         elif arguments.fit:
-            sides = {arguments.fit: fitted(real_model.place(arguments.model), arguments.fit, arguments.dtype)}
+            place, tokens = real_model.place(arguments.model), arguments.max_tokens
+            sides = {arguments.fit: fitted(place, arguments.fit, arguments.dtype, tokens)}
         else:
             sides = measured(real_model.place(arguments.model), arguments.dtype, rounds)
-    row: dict[str, Any] = {"sides": sides, "date": environment()["date"], "cpu": environment()["cpu"]}
+    row: dict[str, Any] = {"sides": sides, "max_tokens": arguments.max_tokens} if arguments.fit else {"sides": sides}
+    row |= {"date": environment()["date"], "cpu": environment()["cpu"]}
     print(json.dumps(row, indent=1))
     if not arguments.quick:
         kept, kind = read_result("start"), "traced" if arguments.trace else "fits" if arguments.fit else "rows"

@@ -11,6 +11,7 @@ from gguf import GGUFReader
 
 from benchmarks import exact, harness
 from benchmarks.gguf_peers import FILE_TYPES, in_format
+from benchmarks.goals import Goal
 from benchmarks.gpu import descend
 from benchmarks.harness import read_result, write_result
 from benchmarks.host_overhead import host_seconds_per_chunk
@@ -27,7 +28,7 @@ from tests.tiny import tiny_model
 
 def row(batch: int, ours: float, theirs: float) -> dict[str, Any]:
     sides = compared({OURS: [ours], "peer": [theirs]})
-    return {"batch": batch, "sides": sides, "bandwidth_fraction": 0.5}
+    return {"batch": batch, "sides": sides, "bandwidth_fraction": 0.5, "measured_bandwidth_gb_s": 25.0}
 
 
 def test_a_ratio_is_the_median_of_ratios_round_by_round() -> None:
@@ -48,6 +49,7 @@ def test_a_step_is_what_a_long_request_costs_beyond_a_short_one() -> None:
 def test_sides_that_disagree_or_fall_short_are_seen() -> None:
     sides: dict[str, Any] = {OURS: lambda p, n: [[1] * n], "half": lambda p, n: [[1] * (n // 2) + [2] * (n - n // 2)]}
     assert agreement(sides, [[1]]) == {OURS: 1.0, "half": 0.5}
+    assert agreement(sides, [[1]], room=1) == {OURS: 1.0, "half": 0.0}
     with pytest.raises(AssertionError, match="different numbers"):
         agreement({**sides, "short": lambda p, n: [[1]]}, [[1]])
 
@@ -162,6 +164,13 @@ def test_documents_say_what_the_result_files_say() -> None:
     """`python -m benchmarks.speed_report` writes them."""
     for path, text in documents().items():
         assert path.read_text("utf-8") == text, path
+
+
+def test_a_goal_says_where_it_is_missed_and_what_was_tried_then() -> None:
+    goal = Goal("a step", 24, "ms", {"here": 23.96, "there": 24.04}, "*Lanes*")
+    assert goal.cells(["here", "there", "nowhere"]) == ["a step", "≤ 24.0 ms", "24.0 ms", "**24.0 ms**", "–", "*Lanes*"]
+    met = Goal("compiling", 0.25, "%", {"here": 0.25}, "*Lanes*")
+    assert met.cells(["here"])[-3:] == ["≤ 25%", "25%", ""]
 
 
 def test_an_axis_varies_one_setting() -> None:
