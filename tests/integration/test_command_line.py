@@ -58,14 +58,14 @@ def test_exact_mode_prints_the_same_text_and_what_became_of_drafts(folder: Path)
     asked = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 40)
     plain, exact = (payload(run(*asked, *more, "--json")) for more in ((), ("--exact", "--draft", "lookup")))
     assert exact["tokens"] == plain["tokens"]
+    by_round = {"drafted_by_round", "accepted_by_round", "draft_by_round"}
     by_token = {"from_draft", "in_round"}
-    assert (
-        set(exact) - set(plain) == {"rounds", "drafted", "accepted", "drafted_by_round", "accepted_by_round"} | by_token
-    )
+    assert set(exact) - set(plain) == {"rounds", "drafted", "accepted"} | by_round | by_token
     assert set(exact["timing"]) - set(plain["timing"]) == {"rounds", "drafted", "accepted", "fallback"}
     assert sum(exact["accepted_by_round"][0]) == exact["accepted"][0] == exact["timing"]["accepted"]
     assert exact["rounds"][0] + exact["accepted"][0] >= 39
     assert exact["settings"]["draft"] == ["lookup"]
+    assert exact["draft_by_round"] == [["lookup"] * exact["rounds"][0]]
     streamed = run(*asked, "--exact", "--draft", "lookup")
     assert streamed.stdout == PROMPT + plain["texts"][0] + "\n"
     figures = exact["timing"]
