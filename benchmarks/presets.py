@@ -42,7 +42,7 @@ from qs_jax.request import bind_policy
 SCORED_TOKENS = 2560
 """Of every text that policies are judged on; a search scores as many as the model's study."""
 
-_KEPT = (
+KEPT = (
     *("perplexity", "perplexity_off", "perplexity_increase", "perplexity_increase_interval", "windows"),
     *("flops_reduction", "bytes_reduction", "kv_reduction"),
 )
@@ -76,7 +76,7 @@ def costs(model: Model, documents: list[str], policies: dict[str, Policy], plan:
     with progress("scoring", -(-len(windows) // plan.batch) * (len(bound) + 1)) as advance:
         scores = run(model, windows, bound, plan, advance)
     rows = {name: policy_row(name, "preset", p, scores[name], scores[OFF], size) for name, p in policies.items()}
-    return {name: {key: row[key] for key in _KEPT} for name, row in rows.items()}
+    return {name: {key: row[key] for key in KEPT} for name, row in rows.items()}
 
 
 def judged(name: str, chosen: Study, plan: Plan) -> Iterator[dict[str, Any]]:
