@@ -11,6 +11,9 @@ from qs_jax.adaptive.policy import Policy
 from qs_jax.token_set import is_in, token_set
 
 
+_MOST = int(np.iinfo(np.int32).max)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Protection:
@@ -23,9 +26,9 @@ class Protection:
     @classmethod
     def bind(cls, policy: Policy, special_ids: Sequence[int]) -> "Protection":
         ids = sorted(set(special_ids)) if policy.protect_special else []
-        return cls(
-            token_set(ids), np.asarray(policy.protect_first, np.int32), np.asarray(policy.protect_last, np.int32)
-        )
+        counts = (policy.protect_first, policy.protect_last)
+        first, last = (np.asarray(min(count, _MOST), np.int32) for count in counts)
+        return cls(token_set(ids), first, last)
 
     def of_prompt(
         self, ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"], lengths: Int[Array, " batch"]
