@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Int
 from qs_jax.adaptive.policy import Policy
 from qs_jax.token_set import is_in, token_set
 
-
 _MOST = int(np.iinfo(np.int32).max)
 
 
