@@ -23,9 +23,8 @@ BENCH = FakeBench(seed=0)
 PAUSE = 0.001
 """Seconds that a score takes."""
 
-_MODEL = SimpleNamespace(
-    config=SimpleNamespace(num_hidden_layers=DEPTH), network=SimpleNamespace(shortcuts=None), name="known"
-)
+_NETWORK = SimpleNamespace(shortcuts=None, direct_stops=())
+_MODEL = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=DEPTH), network=_NETWORK, name="known")
 _WINDOWS = [Window((0,) * PREFIX, (number,), ("",) * PREFIX, ("",)) for number in range(40)]
 
 

@@ -68,13 +68,15 @@ def test_tokens_that_go_on_and_tokens_that_rest_are_gathered_in_their_order() ->
     nobody, signal = jnp.zeros((2, 3), bool), jnp.zeros((2, 3))
     active = sound()
     active.validate(active=True)
-    active, resting = regroup(active, None, Decision(nobody.at[0, 1].set(True), nobody, signal), width=3, rest_width=1)
+    active, resting = regroup(
+        active, None, Decision(nobody.at[0, 1].set(True), nobody, signal), halting=True, width=3, rest_width=1
+    )
     assert resting is not None
     assert active.origins[0, :2].tolist() == [0, 4]
     assert active.valid.tolist() == [[True, True, False], [True, False, False]]
     assert (resting.origins[0].tolist(), resting.valid.tolist()) == ([3], [[True], [False]])
     decision = Decision(nobody.at[0, 0].set(True), nobody, signal)
-    active, resting = regroup(active, resting, decision, width=2, rest_width=2)
+    active, resting = regroup(active, resting, decision, halting=True, width=2, rest_width=2)
     assert resting is not None
     assert active.valid.tolist() == [[True, False], [True, False]]
     assert active.origins[:, 0].tolist() == [4, 1]
@@ -88,7 +90,7 @@ def test_tokens_that_go_on_and_tokens_that_rest_are_gathered_in_their_order() ->
 def test_an_absorbed_token_goes_nowhere() -> None:
     nobody = jnp.zeros((2, 3), bool)
     decision = Decision(nobody, nobody.at[0, 1].set(True), jnp.zeros((2, 3)))
-    active, resting = regroup(sound(), None, decision, width=2, rest_width=0)
+    active, resting = regroup(sound(), None, decision, halting=False, width=2, rest_width=0)
     assert resting is None
     assert active.origins[0].tolist() == [0, 4]
 
