@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qs_jax.adaptive.policy import Policy
+
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = Path(__file__).parents[1] / "README.md"
 METHOD = PAGE.with_name("method.md")
@@ -245,20 +247,18 @@ def direct_lens(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def validity(found: Mapping[str, Any]) -> str:
-    """By budget: how many calibrations kept it on fresh text, and what they chose."""
-    lines = [
-        "| budget | kept it | of these, off | increase, mean (most) | FLOPs saved, mean |",
-        "|---|---|---|---|---|",
-    ]
+    """By budget: of how many calibrations a policy acts, how many of these keep it on fresh text, and what they do."""
+    lines = ["| budget | policies that act | of these, kept it | increase, mean (most) | FLOPs saved, mean |"]
+    lines.append("|---|---|---|---|---|")
     rows = found["calibrations"]
     for budget in dict.fromkeys(row["budget"] for row in rows):
         of = [row for row in rows if row["budget"] == budget]
-        kept = sum(row["increase"] <= row["points"] for row in of)
-        off = sum(row["interval"] is None for row in of)
-        shares = [row["increase"] / found["perplexity_off"] for row in of]
-        saved = sum(row["flops_reduction"] for row in of) / len(of)
-        mean = f"{sum(shares) / len(of):+.2%} ({max(shares):+.2%})"
-        lines.append(f"| +{budget} | {kept} of {len(of)} | {off} | {mean} | {_share(saved)} |")
+        acting = [row for row in of if Policy.from_json(row["policy"]).mechanisms]
+        kept = sum(row["increase"] <= row["points"] for row in acting)
+        shares = [row["increase"] / found["perplexity_off"] for row in acting] or [0.0]
+        saved = sum(row["flops_reduction"] for row in acting) / max(1, len(acting))
+        mean = f"{sum(shares) / len(shares):+.2%} ({max(shares):+.2%})"
+        lines.append(f"| +{budget} | {len(acting)} of {len(of)} | {kept} | {mean} | {_share(saved)} |")
     return "\n".join(lines)
 
 

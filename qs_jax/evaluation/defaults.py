@@ -15,7 +15,7 @@ LENS_TOKENS = 32768
 """Most tokens that a lens is fitted on."""
 
 DIRECT_LENS_TOKENS = 147456
-"""Most tokens that a direct lens is fitted on: the more the better, ten times as many halve what it costs."""
+"""Most tokens that a direct lens is fitted on."""
 
 TUNED_LAST = 128
 """Of each window, at whose last tokens a tuned lens is to agree with the dense model."""

@@ -15,6 +15,7 @@ from benchmarks.quality_report import (
     table,
     validity,
 )
+from qs_jax.adaptive.policy import Halting, Policy
 
 
 def row(name: str, kind: str, increase: float, flops: float) -> dict[str, Any]:
@@ -150,10 +151,12 @@ def test_what_the_direct_lens_brings_is_told_by_text_and_only_as_far_as_it_was_m
     assert direct_lens({}) == {}
 
 
-def test_budgets_that_were_kept_are_counted_and_calibrations_that_trust_nothing_apart() -> None:
+def test_budgets_that_were_kept_are_counted_of_policies_that_act() -> None:
+    """One that trusts nothing keeps any budget: it is none of these, whatever it is called."""
+    acting, nothing = Policy("calibrated +1%", prompt_halting=Halting()), Policy("calibrated +1%")
     rows = [
-        {"budget": "1%", "increase": increase, "points": 0.1, "interval": interval, "flops_reduction": 0.1}
-        for increase, interval in ((0.05, [0.0, 0.1]), (0.2, [0.1, 0.3]), (0.0, None))
+        {"budget": "1%", "policy": policy.to_json(), "increase": increase, "points": 0.1, "flops_reduction": saved}
+        for policy, increase, saved in ((acting, 0.05, 0.1), (acting, 0.2, 0.3), (nothing, 0.0, 0.0))
     ]
     last = validity({"perplexity_off": 10.0, "calibrations": rows}).splitlines()[-1]
-    assert last == "| +1% | 2 of 3 | 1 | +0.83% (+2.00%) | 10.0% |"
+    assert last == "| +1% | 2 of 3 | 1 | +1.25% (+2.00%) | 20.0% |"
