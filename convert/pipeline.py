@@ -17,11 +17,11 @@ from convert.verify import verify as compared
 from qs_jax.checkpoint import replacing, write_manifest, write_part
 from qs_jax.choices import DTYPES, SCHEMES, not_among
 from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
-from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE
+from qs_jax.files import LENS_FILES
 from qs_jax.progress import Advance, unseen
 from qs_jax.tokenizer_files import TOKENIZER_FILES
 
-_COPIED = ("generation_config.json", LENS_FILE, DIRECT_LENS_FILE, *TOKENIZER_FILES)
+_COPIED = ("generation_config.json", *LENS_FILES, *TOKENIZER_FILES)
 _CALIBRATED = "policy.json"
 """Copied with the weights it was calibrated on, not with codes of them."""
 

@@ -9,9 +9,9 @@ from convert.folder import FolderSource
 from convert.hub import SMALL, fetch
 from qs_jax.checkpoint import MANIFEST
 from qs_jax.errors import CheckpointError
-from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE, ModelFiles, refuse_what_is_no_file
+from qs_jax.files import LENS_FILES, ModelFiles, refuse_what_is_no_file
 
-_OURS = ("policy.json", LENS_FILE, DIRECT_LENS_FILE, MANIFEST)
+_OURS = ("policy.json", *LENS_FILES, MANIFEST)
 _GGUF = ".gguf"
 
 

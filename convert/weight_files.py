@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qs_jax.errors import CheckpointError
-from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE, LONGEST_NAME
+from qs_jax.files import LENS_FILES, LONGEST_NAME
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -90,7 +90,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _note_unread(folder: Path, read: set[str], notes: list[str]) -> None:
-    known = {*read, LENS_FILE, DIRECT_LENS_FILE}
+    known = {*read, *LENS_FILES}
     others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in known)
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

@@ -286,12 +286,13 @@ def lens(
         corpus = Corpus.of(text, documents)
         loaded = load_model(model, common)
         options: dict[str, Any] = {"out": target, "rank": rank, "overwrite": overwrite}
+        options |= {} if max_tokens is None else {"max_tokens": max_tokens}
         with progress("fitting") as advance:
             if direct:
-                options |= {"tune": tune, "resume": resume, "max_tokens": max_tokens or DIRECT_LENS_TOKENS}
+                options |= {"tune": tune, "resume": resume}
                 fit = api_direct.fit_direct_lens(loaded, corpus, direct, advance=advance, **options)
             else:
-                fit = api.fit_lens(loaded, corpus, max_tokens=max_tokens or LENS_TOKENS, advance=advance, **options)
+                fit = api.fit_lens(loaded, corpus, advance=advance, **options)
         if common.json:
             print_json(fit.to_json())
             return

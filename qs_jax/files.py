@@ -14,6 +14,7 @@ LONGEST_NAME = 255
 
 LENS_FILE = "lens.safetensors"
 DIRECT_LENS_FILE = "direct_lens.safetensors"
+LENS_FILES = (LENS_FILE, DIRECT_LENS_FILE)
 """Names in a model's folder, where `qs_jax.load` finds them."""
 
 

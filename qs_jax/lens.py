@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -122,16 +123,14 @@ class DirectLens:
             if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})*", inputs) or part not in ("down", "up", "biases"):
                 raise CheckpointError(f"{path}: is no direct lens; fit it again")
             found.setdefault(tuple(map(int, inputs.split("."))), {})[part] = array
-        maps = sorted((DirectMap(inputs, **part) for inputs, part in found.items() if len(part) == 3), key=_by_stop)
+        maps = sorted(
+            (DirectMap(inputs, **part) for inputs, part in found.items() if len(part) == 3), key=attrgetter("stop")
+        )
         distinct = len({one.stop for one in maps}) == len(found)
         if not maps or not distinct or not all(one.fits(config) for one in maps):
             of = f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
             raise CheckpointError(f"{path}: is no direct lens for {of}; fit it again")
         return cls(tuple(maps))
-
-
-def _by_stop(one: DirectMap) -> int:
-    return one.stop
 
 
 def _write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ from qs_jax.errors import EvaluationError
 from qs_jax.evaluation import tuning
 from qs_jax.evaluation.api import Watch
 from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS, TUNED_LAST
-from qs_jax.evaluation.direct import fit_direct
+from qs_jax.evaluation.direct import fit_direct, states_of
 from qs_jax.evaluation.target import free_target
 from qs_jax.evaluation.windows import whole
 from qs_jax.lens import DirectLens
@@ -111,6 +111,9 @@ def fit_direct_lens(
     target = None if out is None else Path(out) if resume else free_target(Path(out), overwrite=overwrite)
     known = {one.stop: one for one in DirectLens.load(target, model.config).maps} if resume and target else {}
     corpus, asked = Corpus.of(text, documents), sorted(set(stops))
+    for stop in asked:
+        if stop in known and not {*known[stop].inputs} <= {*states_of(stop)}:
+            raise EvaluationError(f"the lens for a stop after {stop} layers reads other states; fit it anew")
     windows = whole(model, corpus.documents, max_tokens)
     last = min(TUNED_LAST, windows.shape[1] // 4)
     advance(0, total=model.config.num_hidden_layers + len(asked) * (tuning.CHECKS + 1) * (tune > 0))

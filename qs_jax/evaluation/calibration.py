@@ -31,7 +31,8 @@ from qs_jax.evaluation.observation import Observed
 from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
 from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase, perplexity
 
-LENSES: tuple[KvRuleName, ...] = ("affine", "direct")
+_LENSES: tuple[KvRuleName, ...] = ("affine", "direct")
+"""Rules that follow one."""
 
 _TESTED = 12
 """Most policies that are tested, in equal steps of what they save."""
@@ -183,7 +184,7 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
     they alone would come to is reported as if theirs had been the only path.
     """
     level = 1 - goal.confidence
-    rules: tuple[KvRuleName, ...] = ("frozen", space.kv_rule) if space.kv_rule in LENSES else ("frozen",)
+    rules: tuple[KvRuleName, ...] = ("frozen", space.kv_rule) if space.kv_rule in _LENSES else ("frozen",)
     stops = {r: [p for p in uniform_stops(replace(space, kv_rule=r), prefix) if p in pool] for r in rules}
     paths = [_climbing(bench, pool, goal), *(found for found in stops.values() if found)]
     p_value = _p_value(bench, goal)
@@ -200,7 +201,7 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
         tested=[_row(bench, p, goal, p in trusted) for n, p in enumerate(tried) if p not in tried[:n]],
         chosen=_row(bench, chosen, goal, True) if chosen else None,
         uniform=best["frozen"],
-        uniform_with_lens=next((best[rule] for rule in rules if rule in LENSES), None),
+        uniform_with_lens=best.get(space.kv_rule) if space.kv_rule in _LENSES else None,
     )
 
 

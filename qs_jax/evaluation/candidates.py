@@ -88,9 +88,9 @@ def uniform_stops(space: Space, prefix: int) -> list[Policy]:
     tokens, in the order of what that should save."""
     neutral = space.neutral(prefix)
     if space.kv_rule == "direct":
-        depth = space.prompt_layers[-1] + 1
-        ways = [(stop, last) for stop in space.direct_stops for last in LAST if last < prefix]
-        ways.sort(key=lambda way: (depth - way[0]) * (prefix - way[1]))
+        saving = max(space.prompt_layers, default=0)  # after which layer a stop saves one at least
+        ways = [(stop, last) for stop in space.direct_stops if stop <= saving for last in LAST if last < prefix]
+        ways.sort(key=lambda way: (saving + 1 - way[0]) * (prefix - way[1]))
         return [_direct_stop(neutral, stop, last) for stop, last in ways]
     if neutral.prompt_halting is None:
         return []

@@ -125,13 +125,13 @@ def fit_direct(
             raise EvaluationError(f"a stop after {stop} layers is none of {model.name}: 1 to {depth - 1}")
     if len(windows) < 2:
         raise EvaluationError("the text is too short to fit a lens on; give more of it")
-    look_back = {stop: _look_back(stop) for stop in stops}
+    look_back = {stop: states_of(stop) for stop in stops}
     seen, moments = _look(model, windows, look_back, last, advance)
     fits = [_best(moments[stop], inputs, depth, rank) for stop, inputs in look_back.items()]
     return fits, seen
 
 
-def _look_back(stop: int) -> tuple[int, ...]:
+def states_of(stop: int) -> tuple[int, ...]:
     """After how many layers states may be of use to a stop: at the embedding, on the way, there."""
     return tuple(sorted({0, *(round(share * stop) for share in _LOOKED_BACK), stop}))
 
@@ -260,7 +260,6 @@ def _reduced(moments: _Moments, penalty: float, rank: int) -> tuple[np.ndarray, 
     halfway = white.T @ cross
     _, left = eigh(halfway @ halfway.T)
     leading = left[:, ::-1][:, :rank]
-    down, up = (white @ leading).T, (halfway.T @ leading) * spread[:, None]
-    size = np.sqrt(np.einsum("ri,ij,rj->r", down, whole, down) / moments.count)
-    down, up = down / size[:, None], up * size
+    unit = np.sqrt(moments.count)  # of what is kept of a token, so that it has a variance of 1
+    down, up = (white @ leading).T * unit, (halfway.T @ leading) * spread[:, None] / unit
     return down, up, mean_y - up @ (down @ mean_x)

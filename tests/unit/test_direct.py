@@ -16,6 +16,7 @@ from qs_jax.engine.session import Request, Session
 from qs_jax.errors import CheckpointError, EvaluationError, PolicyError
 from qs_jax.evaluation import direct as fitting
 from qs_jax.evaluation import tuning
+from qs_jax.evaluation.candidates import Space, uniform_stops
 from qs_jax.evaluation.direct import fit_direct
 from qs_jax.files import DIRECT_LENS_FILE
 from qs_jax.lens import DirectLens, DirectMap, stand_in, with_direct_lens
@@ -55,17 +56,13 @@ def test_at_full_rank_it_is_the_least_squares_map(name: str, monkeypatch: pytest
     model = tiny_model(name, LAYERS)
     (fit,), _ = fit_direct(model, WINDOWS, [1], rank=HIDDEN)
     normal, made = features(model, WINDOWS)
-    width = made.shape[-1] // LAYERS
-    at = [part[:, 4:].reshape(-1, HIDDEN) for part in normal]
-    x = np.concatenate([at[layer] for layer in fit.map.inputs], axis=1)
-    y = made[:, 4:, width:].reshape(len(x), -1)
-    solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
-    least = np.square(np.c_[x, np.ones(len(x))] @ solution - y).mean()
-    kernel = fit.map.up.reshape(-1, HIDDEN) @ fit.map.down
-    mine = np.square(x @ kernel.T + fit.map.biases.reshape(-1) - y).mean()
-    assert least <= mine
-    if kernel.shape[1] == HIDDEN:
-        assert mine == pytest.approx(least, rel=1e-3)
+    x = normal[1][:, 4:].reshape(-1, HIDDEN)
+    y = made[:, 4:, made.shape[-1] // LAYERS :].reshape(len(x), -1)
+    ones = np.c_[x, np.ones(len(x))]
+    least = ones @ np.linalg.lstsq(ones, y, rcond=None)[0]
+    assert fit.alone.inputs == (1,)
+    mine = x @ (fit.alone.up.reshape(-1, HIDDEN) @ fit.alone.down).T + fit.alone.biases.reshape(-1)
+    np.testing.assert_allclose(mine, least, rtol=0, atol=2e-3)
 
 
 def test_a_higher_rank_and_more_inputs_explain_more() -> None:
@@ -175,6 +172,34 @@ def test_a_file_that_is_no_direct_lens_of_the_model_is_refused(tmp_path: Path, a
         load(folder, compilation_cache=False)
     save_file(SOUND, folder / DIRECT_LENS_FILE)
     assert load(folder, compilation_cache=False).network.direct_stops == (1,)
+
+
+def test_a_lens_of_other_states_is_not_tuned_on(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", layers=7)
+    model, out = load(folder, compilation_cache=False), folder / DIRECT_LENS_FILE
+    arrays = np.zeros((4, 2 * HIDDEN)), np.zeros((1, FEATURES, 4)), np.zeros((1, FEATURES))
+    DirectLens((DirectMap((1, 6), *arrays),)).save(out)
+    with pytest.raises(EvaluationError, match="a stop after 6 layers reads other states"):
+        qs_jax.fit_direct_lens(model, ["once upon a time " * 400], [6], out=out, tune=0.01, resume=True)
+
+
+def test_text_that_says_one_thing_only_gives_a_map_of_finite_numbers() -> None:
+    """Fewer independent states than there are numbers to keep."""
+    windows = np.tile(np.arange(20, 28), (12, 8))
+    (fit,), _ = fit_direct(tiny_model("llama", LAYERS), windows, [STOP])
+    assert all(np.isfinite(array).all() for array in fit.map.arrays.values())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_calibration_tries_stops_that_save_a_layer_and_no_others(depth: int) -> None:
+    space = Space.of(depth, planes=False, kv_rule="direct", direct_stops=tuple(range(1, depth)))
+    policies = uniform_stops(space, 300)
+    stops = [
+        policy.prompt_halting.layers[0] for policy in policies if policy.prompt_halting and policy.prompt_halting.layers
+    ]
+    assert set(stops) == set(range(1, depth - 1))
+    saved = [(depth - 1 - stop) * (300 - policy.protect_last) for stop, policy in zip(stops, policies, strict=True)]
+    assert saved == sorted(saved)
 
 
 def test_policies_that_the_rule_cannot_serve_are_refused() -> None:
