@@ -44,7 +44,7 @@ class Goal:
 
 def goals() -> list[Goal]:
     """All of them, in the order of the work."""
-    return [*_starting(), *_steps(), *_few_rows(), *_codes(), *_prompts()]
+    return [*_starting(), *_steps(), *_few_rows(), *_eight_prompts(), *_codes(), *_prompts()]
 
 
 def table() -> str:
@@ -124,6 +124,15 @@ def _few_rows() -> Iterator[Goal]:
                     measured[found["cpu"]] = ms[rows, tokens] / ms[1, 1]
             tried = "*Few rows of float32*" if dtype == "float32" else "*One row of bfloat16 without AMX*"
             yield Goal(f"{what} over a step, {dtype}", most, "×", measured, tried)
+
+
+def _eight_prompts() -> Iterator[Goal]:
+    """Prompts of several rows, over one."""
+    found = read_result("few_rows").get("prompts", {})
+    for dtype in ("float32", "bfloat16"):
+        rows = [row for name, row in found.items() if name.startswith(f"smollm2 {dtype}, ")]
+        measured = {row["cpu"]: row["prompts"]["8"] / row["prompts"]["1"] for row in rows}
+        yield Goal(f"512 tokens of 8 rows over one row's, {dtype}", 8, "×", measured)
 
 
 def _codes() -> Iterator[Goal]:

@@ -253,7 +253,7 @@ def lens(
         str | None, typer.Option(help="File to write; by default lens.safetensors or direct_lens.safetensors in MODEL.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Of the maps; by default a quarter of the hidden size, with --direct two thirds.")
+        int | None, typer.Option(help="Of the maps; by default a quarter of the hidden size, with --direct all of it.")
     ] = None,
     direct: Annotated[
         list[int] | None,

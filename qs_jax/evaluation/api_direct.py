@@ -86,7 +86,7 @@ def fit_direct_lens(
         stops: after how many layers prompt tokens may stop, under policies with `kv_rule` direct.
         out: file to write; `direct_lens.safetensors` in a model's folder is found by `qs_jax.load`. While it is tuned
             the file always holds the best so far. None: nothing is written (the command writes it there).
-        rank: numbers kept of a token, from 1 to the hidden size. None: two thirds of it.
+        rank: numbers kept of a token, from 1 to the hidden size. None: the hidden size.
         tune: minutes for each stop, compilation apart.
         resume: tune on from what `out` holds, in place of the closed form.
         max_tokens: most tokens to fit on, in windows spread over the text.

@@ -1,4 +1,5 @@
-"""Fitting the direct lens in closed form: one ridge regression of low rank for all layers that a token skips."""
+"""Fitting the direct lens in closed form: one ridge regression of low rank for all layers that a token skips, whose
+errors weigh what they change for those who read (`reading.py`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from scipy.linalg import eigh
 
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.lens import PENALTIES, Advance, counted_tokens, is_held_out
+from qs_jax.evaluation.reading import Units, units
 from qs_jax.fitting.activations import batches, embedded, run_all
 from qs_jax.generation import not_finite
 from qs_jax.lens import DirectMap
@@ -29,9 +31,9 @@ Rows = Float[np.ndarray, "rows _"]
 
 @dataclass(frozen=True)
 class DirectFit:
-    """A map, and by layer the share of the variance of its keys and values that it explains on held-out windows; the
-    same over all layers by what it might have been made of: (0, 8, 18) for the states after so many layers; and the map
-    of the state at the stop `alone`, which shows what looking back brings."""
+    """A map, and by layer the share of the variance of its keys and values that it explains on held-out windows, in the
+    units in which they were fitted; the same over all layers by what it might have been made of: (0, 8, 18) for the
+    states after so many layers; and the map of the state at the stop `alone`, which shows what looking back brings."""
 
     map: DirectMap
     explained: list[float]
@@ -104,20 +106,20 @@ def fit_direct(
         model: what `qs_jax.load` returned.
         windows: token ids; not of any text that a policy is tested on.
         stops: after how many layers, rising.
-        rank: numbers kept of a token; by default what makes a skipped layer cost about a twentieth of a run one: two
-            thirds of the hidden size.
+        rank: numbers kept of a token; by default the hidden size, which makes a skipped layer cost about a twelfth of
+            a run one.
         last: of how many tokens at the end of each window to keep the final states.
         advance: called after every layer.
 
     A map is made of the state at its stop, the embedding and one state between, the one that predicts best on held-out
-    windows. Every layer's keys and values count alike, by variance. Memory holds the states of all windows several
-    times.
+    windows. Errors count by what they change in the residual stream of those who read. Memory holds the states of all
+    windows several times.
 
     Raises:
         EvaluationError: fewer than two windows, a stop or a rank out of range, or states that are not finite.
     """
     hidden, depth = model.config.hidden_size, model.config.num_hidden_layers
-    rank = max(1, hidden * 2 // 3) if rank is None else rank
+    rank = hidden if rank is None else rank
     if not 1 <= rank <= hidden:
         raise EvaluationError(f"rank is {rank}, expected a whole number from 1 to {hidden}")
     for stop in stops:
@@ -126,8 +128,8 @@ def fit_direct(
     if len(windows) < 2:
         raise EvaluationError("the text is too short to fit a lens on; give more of it")
     look_back = {stop: states_of(stop) for stop in stops}
-    seen, moments = _look(model, windows, look_back, last, advance)
-    fits = [_best(moments[stop], inputs, depth, rank) for stop, inputs in look_back.items()]
+    seen, moments, measures = _look(model, windows, look_back, last, advance)
+    fits = [_best(moments[stop], inputs, measures[stop:], rank) for stop, inputs in look_back.items()]
     return fits, seen
 
 
@@ -136,8 +138,9 @@ def states_of(stop: int) -> tuple[int, ...]:
     return tuple(sorted({0, *(round(share * stop) for share in _LOOKED_BACK), stop}))
 
 
-def _best(parts: "_Parts", inputs: tuple[int, ...], depth: int, rank: int) -> DirectFit:
-    """The map of a stop, its inputs and its penalty chosen on held-out windows, then fitted to all."""
+def _best(parts: "_Parts", inputs: tuple[int, ...], measures: Sequence[Units], rank: int) -> DirectFit:
+    """The map of a stop, its inputs and its penalty chosen on held-out windows, then fitted to all; in the units of the
+    layers that it stands for."""
     used, kept = parts
     stop, hidden = inputs[-1], (len(used.xx) - 1) // len(inputs)
     middle = [()] if len(inputs) < 3 else [(), *((layer,) for layer in inputs[1:-1])]
@@ -150,16 +153,19 @@ def _best(parts: "_Parts", inputs: tuple[int, ...], depth: int, rank: int) -> Di
     best = max(scores, key=lambda chosen: scores[chosen][0])
     at, penalty = places[best], scores[best][1]
     down, up, bias = _reduced(used.of(at), penalty, rank)
-    share = 1 - kept.of(at).errors(np.concatenate([up @ down, bias[:, None]], axis=1)) / kept.variances
+    errors = kept.of(at).errors(np.concatenate([up @ down, bias[:, None]], axis=1))
+    by_layer = (part.reshape(len(measures), -1).sum(axis=1) for part in (errors, kept.variances))
 
     def whole(chosen: tuple[int, ...]) -> DirectMap:
         found = _reduced((used + kept).of(places[chosen]), scores[chosen][1], rank)
         down, up, bias = (part.astype(np.float32) for part in found)
-        return DirectMap(chosen, down, up.reshape(depth - stop, -1, rank), bias.reshape(depth - stop, -1))
+        layers = zip(measures, np.split(up, len(measures)), np.split(bias, len(measures)), strict=True)
+        made = [(one.undo(part.T).T, one.undo(offset[None])[0]) for one, part, offset in layers]
+        return DirectMap(chosen, down, *(np.stack(arrays) for arrays in zip(*made, strict=True)))
 
     return DirectFit(
         map=whole(best),
-        explained=share.reshape(depth - stop, -1).mean(axis=1).tolist(),
+        explained=(1 - np.divide(*by_layer)).tolist(),
         by_inputs={chosen: explained for chosen, (explained, _) in scores.items()},
         alone=whole((stop,)),
     )
@@ -181,9 +187,9 @@ def _look(
     look_back: Mapping[int, tuple[int, ...]],
     last: int,
     advance: Advance,
-) -> tuple[Seen, dict[int, _Parts]]:
+) -> tuple[Seen, dict[int, _Parts], list[Units]]:
     """Run the windows layer by layer: by stop, the moments of normalised states after so many layers with the keys and
-    values of all layers behind it."""
+    values of all layers behind it, each in its layer's units; and these."""
     config, counted = model.config, counted_tokens(model, windows)
     features = 2 * config.num_key_value_heads * config.head_dim
     held_out = [is_held_out(row, len(windows)) for row in range(len(windows))]
@@ -191,6 +197,7 @@ def _look(
     states, kept = embedded(model.network, tokens), dict[int, Hidden]()
     x: dict[int, list[Rows]] = {}
     moments: dict[int, _Parts] = {}
+    measures: list[Units] = []
     for number, block in enumerate(model.network.blocks):
         if number in wanted:
             kept[number] = states
@@ -201,7 +208,8 @@ def _look(
             moments[number] = _Moments(*size), _Moments(*size)
             for row, rows in enumerate(x[number]):
                 moments[number][held_out[row]].see(rows)
-        for row, y in enumerate(_outputs(block, states, counted) if x else ()):
+        measures.append(units(block, states))
+        for row, y in enumerate(_outputs(block, states, counted, measures[-1]) if x else ()):
             for stop, inputs in x.items():
                 at = slice((number - stop) * features, (number - stop + 1) * features)
                 moments[stop][held_out[row]].see_outputs(inputs[row], y, at)
@@ -209,7 +217,7 @@ def _look(
         if not jnp.isfinite(states).all():
             raise EvaluationError(not_finite(model))
         advance()
-    return Seen(tokens, kept, states[:, states.shape[1] - last :]), moments
+    return Seen(tokens, kept, states[:, states.shape[1] - last :]), moments, measures
 
 
 def _inputs(states: Sequence[Float[Array, "tokens hidden"]], counted: Bool[np.ndarray, " tokens"]) -> Rows:
@@ -218,12 +226,14 @@ def _inputs(states: Sequence[Float[Array, "tokens hidden"]], counted: Bool[np.nd
     return np.concatenate([*parts, np.ones((int(counted.sum()), 1), np.float32)], axis=1)
 
 
-def _outputs(block: Block, states: Hidden, counted: Bool[np.ndarray, "windows tokens"]) -> Iterator[Rows]:
-    """Keys, without positions, and values of a layer, window by window."""
+def _outputs(
+    block: Block, states: Hidden, counted: Bool[np.ndarray, "windows tokens"], measure: Units
+) -> Iterator[Rows]:
+    """Keys, without positions, and values of a layer in its units, window by window."""
     row = 0
     for batch in batches(states):
         for features in np.asarray(_features(block, batch), np.float32):
-            yield features[counted[row]]
+            yield measure.of(features[counted[row]])
             row += 1
 
 
@@ -240,26 +250,25 @@ def _ridge(moments: _Moments, penalty: float) -> Float[np.ndarray, "inputs input
 
 
 def _explained(used: _Moments, kept: _Moments, penalty: float) -> float:
-    """The mean over outputs of the share of variance that the full solution explains on held-out windows."""
+    """The share of the variance of all outputs that the full solution explains on held-out windows."""
     kernel = np.linalg.solve(_ridge(used, penalty), used.xy).T
-    return float(np.mean(1 - kept.errors(kernel) / kept.variances))
+    return float(1 - kept.errors(kernel).sum() / kept.variances.sum())
 
 
 def _reduced(moments: _Moments, penalty: float, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reduced-rank ridge regression (Izenman 1975), outputs in units of their spread: down, up and bias.
+    """Reduced-rank ridge regression (Izenman 1975): down, up and bias.
 
     Of all maps of a rank the one whose predictions err least: the ridge solution, projected on the leading directions
     of what it predicts. Means are taken out first, so that the constant does not count as one.
     """
     mean_x, mean_y = moments.xx[-1, :-1] / moments.count, moments.xy[-1] / moments.count
-    spread = np.sqrt(np.maximum(moments.variances, np.finfo(np.float32).tiny) / moments.count)
     whole = _ridge(moments, penalty)[:-1, :-1] - moments.count * np.outer(mean_x, mean_x)
-    cross = (moments.xy[:-1] - moments.count * np.outer(mean_x, mean_y)) / spread
+    cross = moments.xy[:-1] - moments.count * np.outer(mean_x, mean_y)
     values, vectors = eigh(whole)
     white = vectors / np.sqrt(np.maximum(values, values[-1] * 1e-12))
     halfway = white.T @ cross
     _, left = eigh(halfway @ halfway.T)
     leading = left[:, ::-1][:, :rank]
     unit = np.sqrt(moments.count)  # of what is kept of a token, so that it has a variance of 1
-    down, up = (white @ leading).T * unit, (halfway.T @ leading) * spread[:, None] / unit
+    down, up = (white @ leading).T * unit, (halfway.T @ leading) / unit
     return down, up, mean_y - up @ (down @ mean_x)
