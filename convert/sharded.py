@@ -34,12 +34,13 @@ class StoredArray:
     dtype: jnp.dtype
     _parts: dict[tuple[tuple[int, int], ...], np.ndarray] = field(default_factory=dict)
 
-    def part(self, index: Index) -> np.ndarray:
+    def part(self, index: Index | None) -> np.ndarray:
         """As much of it as an index of slices asks for.
 
         Raises:
             CheckpointError: a weight is not finite, or too large for the dtype.
         """
+        assert index is not None
         bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True))
         if bounds not in self._parts:
             self._parts[bounds] = stored_as(self._read(*bounds), self.dtype, self.path)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -62,19 +63,25 @@ programs hold (tokens, decode state, states of a prompt, logits) has rows first 
 def make_mesh(said: str | Mesh | None) -> Mesh | None:
     """The mesh of a text such as `data=2,model=4`; an axis left out has one device. One device in all is no mesh.
 
+    XLA's partitioner is left to place what is not said (axes of a given mesh are made `Auto`, too).
+
     Raises:
         ConfigError: the text is no mesh, or there are other numbers of devices.
     """
-    if said is None or isinstance(said, Mesh):
-        return None if said is None or said.size == 1 else said
+    if said is None:
+        return None
+    types = (AxisType.Auto, AxisType.Auto)
+    if isinstance(said, Mesh):
+        if set(said.axis_names) != {DATA, MODEL}:
+            raise ConfigError(f"mesh has axes {', '.join(map(str, said.axis_names))}, expected {DATA} and {MODEL}")
+        return None if said.size == 1 else Mesh(said.devices, said.axis_names, axis_types=types)
     sizes = _sizes(said)
     wanted, there = sizes[DATA] * sizes[MODEL], jax.device_count()
     if wanted > there or (jax.process_count() > 1 and wanted != there):
         raise ConfigError(
             f"mesh {said} is of {wanted} devices, and there are {there}; choose sizes whose product it is"
         )
-    devices, types = jax.devices()[:wanted], (AxisType.Auto, AxisType.Auto)
-    shape = (sizes[DATA], sizes[MODEL])
+    shape, devices = (sizes[DATA], sizes[MODEL]), jax.devices()[:wanted]
     return None if wanted == 1 else jax.make_mesh(shape, (DATA, MODEL), axis_types=types, devices=devices)
 
 
@@ -155,7 +162,7 @@ def _spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
 def mesh_of(tree: Any) -> Mesh | AbstractMesh | None:
     """The mesh that arrays of a tree lie on, concrete or (in a program) abstract; None for a single device's."""
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             mesh = jax.typeof(leaf).sharding.mesh
         elif isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
             mesh = leaf.sharding.mesh

@@ -14,6 +14,7 @@ from qs_jax.adaptive.signals import SIGNALS, Evidence, Shown, entropy_bits
 from qs_jax.evaluation.windows import Window
 from qs_jax.model import Model
 from qs_jax.models.base import CausalLM
+from qs_jax.sharding import on_host
 
 OBSERVED: tuple[SignalName, ...] = tuple(name for name, signal in SIGNALS.items() if signal.flops_per_channel)
 """Signals that are read of a layer's states, so that shares of tokens say where thresholds could lie."""
