@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 import qs_jax
 from qs_jax.adaptive.policy import KvRuleName, StateSignalName
 from qs_jax.choices import BITS, CODEBOOK_NAMES, DRAFTS, DTYPES, METHODS, SCHEMES
-from qs_jax.console import aside, fall_silent, run_command
+from qs_jax.console import aside, own_stdout, run_command
 from qs_jax.hosts import Hosts, is_first, join
 
 
@@ -178,8 +178,7 @@ def load_model(name: str, common: Common) -> Any:
     """
     if common.hosts is not None:
         join(common.hosts)
-        if not is_first():
-            fall_silent()
+        own_stdout(silent=not is_first())
     from qs_jax.loading import load
 
     model = load(name, **common.loading)

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from qs_jax.errors import QsJaxError
@@ -160,9 +159,13 @@ def aside(text: str) -> None:
     print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
-def fall_silent() -> None:
-    """Print no more results: another process prints the same."""
-    sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
+def own_stdout(*, silent: bool) -> None:
+    """Keep stdout for results: what libraries of other languages print there goes to stderr from here on. With `silent`
+    results go nowhere, as another process prints the same."""
+    sys.stdout.flush()
+    results = os.open(os.devnull, os.O_WRONLY) if silent else os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding, errors="replace")
 
 
 def _show_what_can_be_shown() -> None:

@@ -173,17 +173,20 @@ def mesh_of(tree: Any) -> Mesh | AbstractMesh | None:
     return None
 
 
+def state_sharding(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Of an array of a state, by its place in the tree."""
+    name = path[-1].name if path and isinstance(path[-1], jax.tree_util.GetAttrKey) else ""
+    return NamedSharding(mesh, _spec(STATES.get(name, ("rows",)), shape, mesh))
+
+
 def laid_out(tree: Tree, like: Any) -> Tree:
     """In a program: states as the table says, on the mesh that arrays of `like` are on. Without one, what is given."""
     if (mesh := mesh_of(like)) is None:
         return tree
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not np.ndim(leaf):
-            return leaf
-        name = path[-1].name if path and isinstance(path[-1], jax.tree_util.GetAttrKey) else ""
-        spec = _spec(STATES.get(name, ("rows",)), leaf.shape, mesh)
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        place = state_sharding(path, np.shape(leaf), mesh)
+        return jax.lax.with_sharding_constraint(leaf, place) if np.ndim(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
