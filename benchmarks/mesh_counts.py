@@ -3,10 +3,11 @@
     python -m benchmarks.mesh_counts            # Llama-3-70B's shape on 4 x 8 devices; results/mesh_counts.json
     python -m benchmarks.mesh_counts --quick    # two layers, nothing written
 
-Weights, caches and state are shapes without memory; XLA's CPU backend compiles the program for as many simulated devices
-as the mesh has, and what its partitioner placed is counted in the text of the compiled program. Nothing is run, and no
-time is measured: what the counts would take on links of accelerators is arithmetic on published figures (docs/scaling.md).
-Other backends may combine collectives or send narrower numbers; the partitioner that places them is the same.
+Weights, caches and state are shapes without memory; XLA's CPU backend compiles the program for as many simulated
+devices as the mesh has, and what its partitioner placed is counted in the text of the compiled program. Nothing is run,
+and no time is measured: what the counts would take on links of accelerators is arithmetic on published figures
+(docs/scaling.md). Other backends may combine collectives or send narrower numbers; the partitioner that places them is
+the same.
 """
 
 import argparse
@@ -60,6 +61,14 @@ MESH, ROWS, CAPACITY, DTYPE = "data=4,model=8", 32, 4096, "bfloat16"
 STEPS = 4
 DEPTHS = (1, 2, 4)
 """Compiled as well: what a layer adds."""
+
+LINKS = {
+    "TPU v5e": {"sends": 100e9, "memory": 819e9, "memory_bytes": 16e9},
+    "H100 SXM": {"sends": 450e9, "memory": 3.35e12, "memory_bytes": 80e9},
+}
+"""Bytes per second that a device of a ring sends, and reads of its memory, and how much it has of that. Cloud TPU's page
+of v5e: 400 GB/s both ways over four links, of which a ring along one axis of the torus takes two, and half is sending.
+NVIDIA's page of the H100 SXM: NVLink 900 GB/s both ways."""
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -124,7 +133,10 @@ def _found(text: str) -> Iterator[Collective]:
 
 
 def _group(line: str) -> int:
-    """Devices that take part, from either way in which XLA writes groups; pairs of a permutation are two."""
+    """Devices that take part, from any of the ways in which XLA writes groups; pairs of a permutation are two."""
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(iota[2])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
@@ -166,15 +178,22 @@ def measure(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def ring_seconds(tally: Sequence[Mapping[str, Any]], bytes_per_second: float, latency_s: float) -> dict[str, float]:
-    """What the counted collectives take by a ring on links of this speed: an all-reduce sends 2 (n - 1) / n of its
-    bytes in 2 (n - 1) hops, an all-gather (n - 1) / n of its result in n - 1."""
-    moving = waiting = 0.0
-    for one in tally:
-        hops = (one["group"] - 1) * (2 if one["kind"] == "all-reduce" else 1)
-        moving += one["times"] * one["bytes"] * hops / one["group"] / bytes_per_second
-        waiting += one["times"] * hops * latency_s
-    return {"moving_s": moving, "waiting_s": waiting}
+def on_paper(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step would take by the published figures, were nothing lost: its collectives in rings (of an all-reduce
+    2 (n - 1) / n of the bytes are sent in 2 (n - 1) hops, of an all-gather (n - 1) / n of the result in n - 1), and the
+    reading of weights and caches. What a hop takes before it sends is not published; the hops are counted."""
+    sent, hops = 0.0, 0
+    for one in measured["tally"]:
+        own = (one["group"] - 1) * (2 if one["kind"] == "all-reduce" else 1)
+        sent += one["times"] * one["bytes"] * own / one["group"]
+        hops += one["times"] * own
+    read = sum(measured["held_bytes"].values())
+    found = {
+        name: {"sending_ms": 1e3 * sent / link["sends"], "reading_ms": 1e3 * read / link["memory"]}
+        | {"fits": read < link["memory_bytes"]}
+        for name, link in LINKS.items()
+    }
+    return {"sent_bytes": round(sent), "hops": hops, **found}
 
 
 def main() -> None:
@@ -189,8 +208,9 @@ def main() -> None:
         rows.append(measure(replace(whole, num_hidden_layers=layers), mesh))
         print(rows[-1])
     if not quick:
-        asked = {"shape": SHAPE, "mesh": MESH, "rows": ROWS, "capacity": CAPACITY, "dtype": DTYPE, "notes": []}
-        write_result("mesh_counts", {**asked, "notes": Layout(mesh, whole).notes, "depths": rows})
+        asked = {"shape": SHAPE, "mesh": MESH, "rows": ROWS, "capacity": CAPACITY, "dtype": DTYPE}
+        found = {"depths": rows, "on_paper": on_paper(rows[-1])}
+        write_result("mesh_counts", {**asked, "notes": Layout(mesh, whole).notes, **found})
 
 
 if __name__ == "__main__":

@@ -47,6 +47,18 @@ def is_first() -> bool:
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def refuse_several(what: str) -> None:
+    """For what only one process can do.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        raise ConfigError(f"{what} in one process only; leave out --distributed")
+
+
 def agreed(value: Number) -> Number:
     """The first process's number, in every process; a whole one below 2**31."""
     import jax
