@@ -66,9 +66,9 @@ LINKS = {
     "TPU v5e": {"sends": 100e9, "memory": 819e9, "memory_bytes": 16e9},
     "H100 SXM": {"sends": 450e9, "memory": 3.35e12, "memory_bytes": 80e9},
 }
-"""Bytes per second that a device of a ring sends, and reads of its memory, and how much it has of that. Cloud TPU's page
+"""Bytes per second that a device of a ring sends, and reads of its memory, and how much it has of that. Cloud TPU says
 of v5e: 400 GB/s both ways over four links, of which a ring along one axis of the torus takes two, and half is sending.
-NVIDIA's page of the H100 SXM: NVLink 900 GB/s both ways."""
+NVIDIA says of the H100 SXM: NVLink 900 GB/s both ways."""
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.errors import require
 from qs_jax.models.attention import Segment
-from qs_jax.sharding import mesh_of
+from qs_jax.sharding import laid_out, mesh_of
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +95,8 @@ def allocate(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, *
 def segment(layer: LayerCache) -> Segment:
     """What later tokens may look at: every filled slot. Slots hold only the past, so no causal mask is needed."""
     slots = jnp.arange(layer.capacity, dtype=jnp.int32)
-    return Segment(layer.keys, layer.values, (slots < layer.lengths[:, None])[:, None, :], layer.bias)
+    seen = (slots < layer.lengths[:, None])[:, None, :]
+    return laid_out(Segment(layer.keys, layer.values, seen, layer.bias), like=layer.keys)
 
 
 @jax.jit
@@ -146,7 +147,7 @@ def _appended_by_rows(
         return old.at[:, slots].set(new.swapaxes(0, 1).astype(old.dtype), mode="drop")
 
     write, write_heads = jax.vmap(of_tokens), jax.vmap(of_heads)
-    return replace(
+    added = replace(
         layer,
         keys=write_heads(layer.keys, slots, k),
         values=write_heads(layer.values, slots, v),
@@ -154,6 +155,7 @@ def _appended_by_rows(
         lengths=jnp.minimum(layer.lengths + writes.sum(axis=1, dtype=jnp.int32), layer.capacity),
         bias=layer.bias if layer.bias is None or bias is None else write(layer.bias, slots, bias),
     )
+    return laid_out(added, like=layer.keys)
 
 
 def _with_slots(

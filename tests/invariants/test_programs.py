@@ -15,7 +15,7 @@ from qs_jax.engine.compilation import METER
 from qs_jax.engine.decode import decode_chunk, decode_step
 from qs_jax.engine.prefill import Piece
 from qs_jax.matryoshka import product
-from qs_jax.models import base
+from qs_jax.models import attention, base
 from tests.invariants.cases import (
     DECODE_LAYERS,
     GPT2_FROZEN,
@@ -86,10 +86,12 @@ def test_without_a_mesh_nothing_of_one_is_in_a_program(monkeypatch: pytest.Monke
     """The programs are those of a package that had never heard of meshes."""
     policy = Policy.off() if dense else halfway(LLAMA_LADDER)
     found = texts(LLAMA_LADDER, policy)
-    assert not any("sharding" in text or "sdy." in text for text in found)
+    # JAX itself says of noise that it may lie anywhere on a mesh that there is not
+    said = {line for text in found for line in text.splitlines() if "sharding" in line or "sdy." in line}
+    assert all("@empty_mesh" in line for line in said)
     for module in (cache, kernels, product, sampling):
         monkeypatch.setattr(module, "mesh_of", lambda tree: None)
-    for module in (decode, exact, prefill, session, stage):
+    for module in (attention, cache, decode, exact, prefill, session, stage):
         monkeypatch.setattr(module, "laid_out", lambda tree, like: tree)
     monkeypatch.setattr(base, "gathered", lambda logits, like: logits)
     assert texts(LLAMA_LADDER, policy) == found
