@@ -116,10 +116,11 @@ def collectives(program: jax.stages.Compiled) -> list[Collective]:
     """Every collective of a program."""
     text = program.as_text()
     assert text is not None
-    return list(_found(text))
+    return list(collectives_of(text))
 
 
-def _found(text: str) -> Iterator[Collective]:
+def collectives_of(text: str) -> Iterator[Collective]:
+    """The same, of a compiled program's text."""
     kinds = "|".join(KINDS)
     for line in text.splitlines():
         matched = re.search(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", line)

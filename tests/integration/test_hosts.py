@@ -58,20 +58,32 @@ def in_two(arguments: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
     return ended
 
 
-def test_two_hosts_generate_what_one_does_and_the_first_prints(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "model", "llama", tokenizer=True)
+def generated_in_two(folder: Path, mesh: str, *more: str) -> dict[str, Any]:
+    """What the first of two processes prints; the other must print nothing."""
     asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    asked += ["--max-new-tokens", str(NEW), "--temperature", "1", "--json", "--mesh", "data=2,model=2"]
+    asked += ["--max-new-tokens", str(NEW), "--json", "--mesh", mesh, *more]
     asked += ["--coordinator", "{address}", "--processes", "2", "--process", "{process}"]
     first, second = in_two(["-m", "qs_jax", "generate", str(folder), *asked])
     assert second.stdout == ""
-    found = json.loads(first.stdout)
-    seed = found["seeds"][0]
-    own = qs_jax.generate(
-        qs_jax.load(folder), list(PROMPTS), max_new_tokens=NEW, do_sample=True, temperature=1.0, seed=seed
-    )
+    return json.loads(first.stdout)
+
+
+def test_two_hosts_generate_what_one_does_and_the_first_prints(tmp_path: Path) -> None:
+    """Sampled with a seed that one of them draws; rows are divided among them."""
+    folder = write_folder(tmp_path / "model", "llama", tokenizer=True)
+    found = generated_in_two(folder, "data=2,model=2", "--temperature", "1")
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "seed": found["seeds"][0]}
+    own = qs_jax.generate(qs_jax.load(folder), list(PROMPTS), max_new_tokens=NEW, **settings)
     assert found["tokens"] == own.tokens
     assert found["ledger"] == own.ledger
+
+
+def test_a_converted_folder_and_drafts_that_are_paced_by_the_clock(tmp_path: Path) -> None:
+    """Heads are divided among the hosts, and of what each measures the first's counts."""
+    folder = write_folder(tmp_path / "model", "gpt2", tokenizer=True)
+    qs_jax.convert(folder, tmp_path / "own", quantize="matryoshka", group_size=8, keep_dense=True)
+    found = generated_in_two(tmp_path / "own", "model=4", "--exact", "--max-new-tokens", "40")
+    assert found["tokens"] == qs_jax.generate(qs_jax.load(folder), list(PROMPTS), max_new_tokens=40).tokens
 
 
 def test_no_host_reads_or_holds_the_whole_model(tmp_path: Path) -> None:
