@@ -21,6 +21,9 @@ from tests.mesh.models import MESHES, PROMPTS, assert_same, coded, divided, wide
 from tests.tiny import SAMPLING
 
 NEW = 12
+BOTH_AXES = [MESHES[1], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[::2])]
+"""The mesh that divides rows and layers, and slowly those that divide one of them."""
+
 ARCHITECTURES = ("gpt2", "llama")
 
 
@@ -35,7 +38,7 @@ def test_dense_text_is_that_of_one_device(name: str, mesh: str) -> None:
         assert_same(generate(there, prompts, **asked), generate(model, prompts, **asked))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", BOTH_AXES)
 @each((LLAMA_DROP, GPT2_FROZEN, LLAMA_AFFINE), slow=(GPT2_ZERO, GPT2_DIRECT))
 def test_policies_decide_as_on_one_device(case: Case, mesh: str) -> None:
     """Halting, fusion, rules for what halted tokens leave, and both lenses. Models whose heads do not divide by all
@@ -48,14 +51,14 @@ def test_policies_decide_as_on_one_device(case: Case, mesh: str) -> None:
     assert min(saved) < case.model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("mesh", [MESHES[1], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[::2])])
+@pytest.mark.parametrize("mesh", BOTH_AXES)
 @each((LLAMA_LADDER,), slow=(GPT2_SHALLOW,))
 def test_codes_of_mixed_precision(case: Case, mesh: str) -> None:
     asked: dict[str, Any] = {"max_new_tokens": NEW, "policy": halfway(case)}
     assert_same(generate(divided(case.model, mesh), PROMPTS, **asked), generate(case.model, PROMPTS, **asked))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", BOTH_AXES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_codes_that_are_divided_by_groups(name: str, mesh: str) -> None:
     model = coded(wide_model(name))
@@ -65,7 +68,7 @@ def test_codes_that_are_divided_by_groups(name: str, mesh: str) -> None:
         assert_same(generate(there, PROMPTS, **asked), generate(model, PROMPTS, **asked))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", BOTH_AXES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("draft", ["lookup", pytest.param(["lookup", "bits:4"], marks=pytest.mark.slow)])
 def test_exact_mode_accepts_what_it_accepts_on_one_device(name: str, draft: Any, mesh: str) -> None:
@@ -77,7 +80,7 @@ def test_exact_mode_accepts_what_it_accepts_on_one_device(name: str, draft: Any,
     assert ours.tokens == generate(model, repetitive, max_new_tokens=NEW).tokens
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", BOTH_AXES)
 def test_a_long_prompt_and_text_that_outgrows_its_cache(mesh: str) -> None:
     """Queries in blocks, rows that are done and dropped, several sequences a prompt."""
     model = wide_model("llama")
