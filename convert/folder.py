@@ -108,6 +108,18 @@ class FolderSource:
         require_finite(tensor, path, name)
         return tensor
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, and no more of the file than that.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity, or the file cannot be read.
+        """
+        path, stored = self._home[name]
+        with opened(path) as file:
+            part = file.get_slice(stored)[index]
+        require_finite(part, path, name)
+        return part
+
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; a few rows of each are in memory at a time."""
         shape = self.shapes[one]

@@ -48,6 +48,14 @@ class Source(Protocol):
         """
         ...
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, by a slice for each of its axes.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity, or the file cannot be read.
+        """
+        ...
+
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
         ...

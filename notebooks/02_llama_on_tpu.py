@@ -56,9 +56,9 @@ if importlib.util.find_spec("qs_jax") is None:
 REFERENCE = clone / "reference_models"
 
 # %% [markdown]
-# ## Device and memory
+# ## Devices and memory
 #
-# What counts is the accelerator's memory for weights and cache, the host's memory for conversion, and the disk for the
+# A TPU runtime has one core (v5e-1) or several (v2-8, v5e-8), which share a model below. What counts is the accelerators' memory for weights and cache, the host's memory for conversion, and the disk for the
 # download and the converted folder.
 
 # %%
@@ -66,12 +66,13 @@ import shutil
 
 import jax
 
-device = jax.devices()[0]
+devices = jax.devices()
+device = devices[0]
 stats = device.memory_stats() or {}
 host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-room = stats.get("bytes_limit", host)
+room = len(devices) * stats["bytes_limit"] if "bytes_limit" in stats else host
 
-print(f"jax {jax.__version__}, {device.platform}: {device.device_kind}")
+print(f"jax {jax.__version__}, {device.platform}: {len(devices)} x {device.device_kind}")
 for name, size in {"device memory": room, "host memory": host, "free disk": shutil.disk_usage(here).free}.items():
     print(f"{name:14} {size / 1e9:8.1f} GB")
 if device.platform == "cpu":
@@ -152,13 +153,23 @@ print(f"{report['seconds']:.1f} s; the process had at most {peak['peak_bytes'] /
 # %% [markdown]
 # ## Load
 #
-# Straight onto the device, part by part, in bfloat16 on accelerators. The cache of keys and values comes on top.
+# Straight onto the devices, part by part, in bfloat16 on accelerators. The cache of keys and values comes on top.
+#
+# With several devices a *mesh* divides the model over all of them: heads, feed-forward channels and the vocabulary, so
+# that each reads its share of the weights, and holds no more; what does not divide lies whole on each, and is noted. With
+# one device `model=1` is no mesh, and everything below is what it would be without. The text is the same either way.
 
 # %%
 import qs_jax
 
-model = qs_jax.load(WORK / "llama")
+model = qs_jax.load(WORK / "llama", mesh=f"model={len(devices)}")
 config = model.config
+print("a mesh of" if len(devices) > 1 else "no mesh:", len(devices), "device" + "s" * (len(devices) > 1))
+for note in model.notes:
+    print(note)
+shards = [shard for leaf in jax.tree.leaves(model.network) for shard in leaf.addressable_shards]
+held = sum(shard.data.nbytes for shard in shards if shard.device == device)
+print(f"{held / 1e9:.3f} GB of weights on each")
 weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.network))
 per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
 tokens = int((0.9 * room - weights) // per_token)

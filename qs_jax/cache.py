@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.errors import require
 from qs_jax.models.attention import Segment
+from qs_jax.sharding import laid_out, mesh_of
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +95,8 @@ def allocate(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, *
 def segment(layer: LayerCache) -> Segment:
     """What later tokens may look at: every filled slot. Slots hold only the past, so no causal mask is needed."""
     slots = jnp.arange(layer.capacity, dtype=jnp.int32)
-    return Segment(layer.keys, layer.values, (slots < layer.lengths[:, None])[:, None, :], layer.bias)
+    seen = (slots < layer.lengths[:, None])[:, None, :]
+    return laid_out(Segment(layer.keys, layer.values, seen, layer.bias), like=layer.keys)
 
 
 @jax.jit
@@ -112,6 +114,8 @@ def append(
     """
     slots = layer.lengths[:, None] + jnp.cumsum(writes, axis=1, dtype=jnp.int32) - 1
     slots = jnp.where(writes, slots, layer.capacity)
+    if mesh_of(layer.keys) is not None:
+        return _appended_by_rows(layer, k, v, positions, writes, slots, bias)
     rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     added = writes.sum(axis=1, dtype=jnp.int32)
     if layer.bias is not None and bias is not None:
@@ -123,6 +127,35 @@ def append(
         positions=layer.positions.at[rows, slots].set(positions, mode="drop"),
         lengths=jnp.minimum(layer.lengths + added, layer.capacity),
     )
+
+
+def _appended_by_rows(
+    layer: LayerCache,
+    k: Float[Array, "batch tokens kv_heads head_dim"],
+    v: Float[Array, "batch tokens kv_heads head_dim"],
+    positions: Int[Array, "batch tokens"],
+    writes: Bool[Array, "batch tokens"],
+    slots: Int[Array, "batch tokens"],
+    bias: Float[Array, "batch tokens"] | None,
+) -> LayerCache:
+    """The same on a mesh: as a function of one row, so that the partitioner sees that rows stay where they are."""
+
+    def of_tokens(old: Array, slots: Array, new: Array) -> Array:
+        return old.at[slots].set(new.astype(old.dtype), mode="drop")
+
+    def of_heads(old: Array, slots: Array, new: Array) -> Array:
+        return old.at[:, slots].set(new.swapaxes(0, 1).astype(old.dtype), mode="drop")
+
+    write, write_heads = jax.vmap(of_tokens), jax.vmap(of_heads)
+    added = replace(
+        layer,
+        keys=write_heads(layer.keys, slots, k),
+        values=write_heads(layer.values, slots, v),
+        positions=write(layer.positions, slots, positions),
+        lengths=jnp.minimum(layer.lengths + writes.sum(axis=1, dtype=jnp.int32), layer.capacity),
+        bias=layer.bias if layer.bias is None or bias is None else write(layer.bias, slots, bias),
+    )
+    return laid_out(added, like=layer.keys)
 
 
 def _with_slots(

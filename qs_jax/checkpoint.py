@@ -162,13 +162,15 @@ def write_part(folder: Path, part: str, arrays: Arrays) -> None:
 def read_parts(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Load all parts, a few at a time, straight into device arrays of the given shapes and dtypes, by module path.
 
+    Where a shape has a sharding, each device of it gets its part; else they go to the default device.
+
     Raises:
         CheckpointError: a part is missing, unreadable or of other shapes.
     """
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for path, shape in shapes.items():
-        wanted = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+        wanted = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shape.sharding or place)
         parts.setdefault(part_of(path), {})[path] = wanted
 
     def read(part: str) -> dict[str, jax.Array]:
@@ -180,7 +182,9 @@ def read_parts(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict
             ) from error
         return cast(dict[str, jax.Array], flatten_dict(tree, sep="."))
 
-    with _quiet_orbax() as orbax, ThreadPoolExecutor(_READERS) as pool:
+    # several processes read in step: Orbax has them wait for each other
+    readers = _READERS if jax.process_count() == 1 else 1
+    with _quiet_orbax() as orbax, ThreadPoolExecutor(readers) as pool:
         return {path: array for part in pool.map(read, sorted(parts)) for path, array in part.items()}
 
 

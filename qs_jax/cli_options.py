@@ -17,7 +17,8 @@ from typer.core import TyperCommand, TyperGroup
 import qs_jax
 from qs_jax.adaptive.policy import KvRuleName, StateSignalName
 from qs_jax.choices import BITS, CODEBOOK_NAMES, DRAFTS, DTYPES, METHODS, SCHEMES
-from qs_jax.console import aside, run_command
+from qs_jax.console import aside, own_stdout, run_command
+from qs_jax.hosts import Hosts, is_first, join
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,30 @@ _LOADING: Added = {
         Annotated[bool, typer.Option("--verify/--no-verify", help="Check a converted folder against its checksums.")],
         True,
     ),
+    "mesh": (
+        Annotated[
+            str | None,
+            typer.Option(metavar="MESH", help="Several devices: data=2,model=4 divides rows among 2, layers among 4."),
+        ],
+        None,
+    ),
+}
+_JOINING: Added = {
+    "distributed": (
+        Annotated[
+            bool, typer.Option("--distributed", help="One of several processes, each on its host; the first prints.")
+        ],
+        False,
+    ),
+    "coordinator": (
+        Annotated[
+            str | None,
+            typer.Option(metavar="HOST:PORT", help="Where the first process is; else as the environment says."),
+        ],
+        None,
+    ),
+    "processes": (Annotated[int | None, typer.Option(min=1, help="How many there are, likewise.")], None),
+    "process": (Annotated[int | None, typer.Option(min=0, help="Which this one is, from 0, likewise.")], None),
 }
 _PRINTING: Added = {
     "json": (Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")], False),
@@ -138,15 +163,22 @@ class Commands(TyperGroup):
 
 @dataclass(frozen=True)
 class Common:
-    """How a command loads its model (arguments of `qs_jax.load`), and how it prints."""
+    """How a command loads its model (arguments of `qs_jax.load`), among which processes, and how it prints."""
 
     loading: dict[str, Any]
     json: bool
     debug: bool
+    hosts: Hosts | None = None
 
 
 def load_model(name: str, common: Common) -> Any:
-    """The model, as `qs_jax.load` returns it; what was supplied or chosen in its files is said on stderr."""
+    """The model, as `qs_jax.load` returns it; what was supplied or chosen in its files is said on stderr.
+
+    Of several processes, which join before, only the first says anything from here on, but for errors.
+    """
+    if common.hosts is not None:
+        join(common.hosts)
+        own_stdout(silent=not is_first())
     from qs_jax.loading import load
 
     model = load(name, **common.loading)
@@ -160,7 +192,11 @@ def common_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command `--json` and `--debug` and, if it `loads` a model, how; all arrive as its argument `common`.
     With `versioned` also `--version`, for a command that is a whole program."""
-    added = {**(_LOADING if loads else {}), **_PRINTING, **({"version": (Version, False)} if versioned else {})}
+    added = {
+        **({**_LOADING, **_JOINING} if loads else {}),
+        **_PRINTING,
+        **({"version": (Version, False)} if versioned else {}),
+    }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "common"]
@@ -178,7 +214,7 @@ def common_options(
             given = {name: _plain(value, values[name]) for name, value in bound.arguments.items()}
             taken = {name: given.pop(name) for name in added}
             loading = {name: taken[name] for name in _LOADING if loads}
-            command(**given, common=Common(loading, taken["json"], taken["debug"]))
+            command(**given, common=Common(loading, taken["json"], taken["debug"], _hosts(taken)))
 
         # typer reads both of these
         shown = [_shown(parameter) for parameter in signature.parameters.values()]
@@ -187,6 +223,12 @@ def common_options(
         return run
 
     return decorate
+
+
+def _hosts(taken: dict[str, Any]) -> Hosts | None:
+    """None for a process that is alone; to say where others are asks for them."""
+    found = Hosts(*(taken.get(name) for name in ("coordinator", "processes", "process")))
+    return found if taken.get("distributed") or found != Hosts() else None
 
 
 def _values(annotation: Any) -> tuple[Any, ...]:

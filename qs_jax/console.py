@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, cast
 
 from qs_jax.errors import QsJaxError
+from qs_jax.hosts import is_first
 from qs_jax.progress import Advance, unseen
 
 EXIT_ERROR = 1
@@ -150,9 +152,20 @@ def _finite(value: Any) -> Any:
 
 
 def aside(text: str) -> None:
-    """A dim line on stderr: what a person may want to know beside the result."""
+    """A dim line on stderr, of several processes the first's: what a person may want to know beside the result."""
+    if not is_first():
+        return
     line = one_line(text)
     print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+def own_stdout(*, silent: bool) -> None:
+    """Keep stdout for results: what libraries of other languages print there goes to stderr from here on. With `silent`
+    results go nowhere, as another process prints the same."""
+    sys.stdout.flush()
+    results = os.open(os.devnull, os.O_WRONLY) if silent else os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding, errors="replace")
 
 
 def _show_what_can_be_shown() -> None:
@@ -166,7 +179,7 @@ def _show_what_can_be_shown() -> None:
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Advance]:
     """A progress bar on stderr, when that is a terminal; yields what advances it."""
-    if not sys.stderr.isatty():
+    if not is_first() or not sys.stderr.isatty():
         yield unseen
         return
     from rich.console import Console

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from qs_jax.errors import CheckpointError
+from qs_jax.hosts import is_first
 
 LONGEST_NAME = 255
 """Bytes that a file's name may have."""
@@ -85,10 +86,13 @@ def refuse_what_is_no_file(folder: Path, names: Iterable[str]) -> None:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write bytes, or text as UTF-8, beside the file, then rename: a killed process leaves the old file or the new.
+    Of several processes the first writes.
 
     Raises:
         OSError: nothing can be written there; what was begun is taken away again.
     """
+    if not is_first():
+        return
     partial = _partial(path)
     try:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
@@ -100,7 +104,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a file, and what a killed process began to write in its place."""
+    """Remove a file, and what a killed process began to write in its place; of several processes the first does."""
+    if not is_first():
+        return
     for file in (path, _partial(path)):
         file.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from qs_jax.choices import FULL
 from qs_jax.lanes import lanes_for, multiply_in_lanes
 from qs_jax.matryoshka.kernel import NestedKernel
+from qs_jax.sharding import mesh_of
 
 Tree = TypeVar("Tree")
 
@@ -66,9 +67,13 @@ class DenseKernel:
         return self
 
     def matmul(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        """Arranged on CPU for how many rows there are (measured in benchmarks/kernel_layout.py)."""
+        """Arranged on CPU for how many rows there are (measured in benchmarks/kernel_layout.py); plain on a mesh, where
+        the partitioner cuts it."""
         rows = x.reshape(-1, x.shape[-1])
-        y = jax.lax.platform_dependent(rows, self.weights, cpu=_multiply_on_cores, default=_multiply)
+        if mesh_of((rows, self.weights)) is not None:
+            y = _multiply(rows, self.weights)
+        else:
+            y = jax.lax.platform_dependent(rows, self.weights, cpu=_multiply_on_cores, default=_multiply)
         return y.reshape(*x.shape[:-1], self.weights.shape[0])
 
     def rows(self, outputs: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:

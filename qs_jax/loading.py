@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from convert.reading import read_network
 from convert.source import locate
@@ -17,6 +18,7 @@ from qs_jax.errors import CheckpointError, ConfigError, TokenizerError
 from qs_jax.files import ModelFiles, cache_folder
 from qs_jax.generation_defaults import read_generation_defaults
 from qs_jax.model import Model
+from qs_jax.sharding import make_mesh
 from qs_jax.tokenizer import Tokenizer
 
 _CACHE_SWITCH = "QS_JAX_COMPILATION_CACHE"
@@ -29,8 +31,9 @@ def load(
     revision: str | None = None,
     verify: bool = True,
     compilation_cache: bool = True,
+    mesh: str | Mesh | None = None,
 ) -> Model:
-    """Load a model part by part, straight onto the default device.
+    """Load a model part by part, straight onto the default device, or onto the devices of a mesh.
 
     Args:
         path_or_id: a folder made by `qs-convert`, a Hugging Face folder with safetensors, a .gguf file,
@@ -40,21 +43,26 @@ def load(
         verify: compare a converted folder with its checksums first.
         compilation_cache: keep compiled programs in the user's cache folder, unless JAX is already told where.
             The environment variable QS_JAX_COMPILATION_CACHE may name another folder, or be `off`.
+        mesh: several devices, such as "data=2,model=4": rows of a batch are divided over `data`; heads, feed-forward
+            channels and the vocabulary over `model`. Each device gets its part straight from the file; what does not
+            divide lies whole on each, and `Model.notes` says so. Of one device: as without.
 
     Raises:
         CheckpointError: the folder or a file in it (its lens, too) is missing, damaged, or does not fit its
             configuration.
-        ConfigError: the architecture or an option is not supported, or the dtype unknown.
+        ConfigError: the architecture or an option is not supported, the dtype unknown, or there are no devices for the
+            mesh.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(not_among("dtype", dtype, DTYPES))
     started = time.perf_counter()
     chosen = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    devices = make_mesh(mesh)
     files = locate(str(path_or_id), revision)
     if compilation_cache:
         _use_compilation_cache()
     notes: list[str] = []
-    network = read_network(files, chosen, notes, checksums=verify)
+    network = read_network(files, chosen, notes, checksums=verify, mesh=devices)
     config = network.config
     defaults = read_generation_defaults(files, config.vocab_size, notes)
     tokenizer, problem = _tokenizer(files, notes)

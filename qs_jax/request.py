@@ -14,6 +14,7 @@ from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request
 from qs_jax.errors import GenerationError, TokenizerError
 from qs_jax.generation_config import GenerationSettings
+from qs_jax.hosts import agreed
 from qs_jax.model import Model
 from qs_jax.tokenizer import Message
 
@@ -114,7 +115,7 @@ def _checked(ids: Sequence[Any], vocab_size: int, what: str) -> tuple[int, ...]:
 
 
 def _seeds(asked: int | Sequence[int] | None, prompts: int) -> list[int]:
-    seed = secrets.randbits(31) if asked is None else asked
+    seed = agreed(secrets.randbits(31)) if asked is None else asked
     seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
     if len(seeds) != prompts or not all(is_whole(s, 0) and s < 2**31 for s in seeds):
         raise GenerationError(f"seed is {asked!r}, expected one number from 0 to {2**31 - 1}, or one per prompt")

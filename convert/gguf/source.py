@@ -26,6 +26,7 @@ class GgufSource:
         self.raw_config = file.config
         self.notes = file.notes
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._whole: tuple[str, np.ndarray] | None = None
         self._home: dict[str, tuple[Header, Tensor, Place]] = {}
         for name, (header, tensor) in file.tensors.items():
             if name == FACTORS:  # the configuration says it
@@ -68,6 +69,17 @@ class GgufSource:
         if place.heads:
             values = values[unpaired(len(values), self.raw_config[place.heads])]
         return values.T if place.transposed else values
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, which is de-quantised whole: once for parts that are asked for in a row.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity.
+        """
+        if self._whole is None or self._whole[0] != name:
+            self._whole = None  # of two tensors one at a time is in memory
+            self._whole = name, self.read(name)
+        return self._whole[1][index]
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; a few of each are in memory at a time."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import jax
 
+from qs_jax.hosts import agreed
+
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 _TRACED = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 
@@ -34,6 +36,10 @@ class CompileMeter:
             self.seconds - earlier.seconds,
             self.trace_seconds - earlier.trace_seconds,
         )
+
+    def agreed(self) -> "CompileMeter":
+        """What the first of several processes has."""
+        return CompileMeter(agreed(self.programs), agreed(self.seconds), agreed(self.trace_seconds))
 
     def _listen(self, event: str, duration_secs: float, **_: object) -> None:
         if event == _BACKEND_COMPILE:

@@ -21,6 +21,7 @@ from qs_jax.engine.sampling import Sampling, log_normaliser, next_tokens
 from qs_jax.errors import require
 from qs_jax.models.base import CausalLM
 from qs_jax.pytree import STATIC
+from qs_jax.sharding import laid_out
 from qs_jax.token_set import is_in
 
 
@@ -153,7 +154,8 @@ def begin(
     state = DecodeState(none, lengths - 1, (), remaining <= 0, remaining, noise, seen, entropy)
     spent = Spent(jnp.full_like(lengths, controls.policy.num_layers), none, jnp.zeros_like(entropy))
     chosen = choose(logits, state, forced, controls, spent)
-    return advance(state, chosen, output_entropy(logits, remembers=controls.policy.remembers), controls.eos), chosen
+    state = advance(state, chosen, output_entropy(logits, remembers=controls.policy.remembers), controls.eos)
+    return laid_out(state, like=logits), chosen
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -171,7 +173,7 @@ def decode_chunk(
 
     state, (chosen, work) = jax.lax.scan(step, state, forced)
     filled = jnp.stack([layer.lengths.max() for layer in state.cache])
-    return state, Chunk(chosen, work, filled)
+    return laid_out(state, like=model), Chunk(chosen, work, filled)
 
 
 def forward(model: CausalLM, state: DecodeState, forced: Int[Array, " batch"], controls: Controls) -> Step:

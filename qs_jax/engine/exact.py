@@ -30,6 +30,7 @@ from qs_jax.engine.decode import Chosen, Controls, DecodeState, Spent, advance, 
 from qs_jax.kernels import most_bits
 from qs_jax.models import alike
 from qs_jax.models.base import CausalLM, Heads
+from qs_jax.sharding import laid_out
 
 History = Int[Array, "batch places"]
 """Every row's tokens by position, up to the pending one; what lies behind it is not yet text."""
@@ -116,7 +117,7 @@ def exact_chunk(
         return (state, history), done
 
     (state, _), ran = jax.lax.scan(one, (state, history), length=rounds)
-    return state, Rounds(ran, jnp.stack([layer.lengths.max() for layer in state.cache]))
+    return laid_out(state, like=model), Rounds(ran, jnp.stack([layer.lengths.max() for layer in state.cache]))
 
 
 def exact_round(

@@ -18,6 +18,7 @@ from qs_jax.adaptive.ledger import StagePass
 from qs_jax.cache import Cache, LayerCache, bucket, grow
 from qs_jax.engine.stage import Decision, Entering, Tokens, regroup, run_stage
 from qs_jax.models.base import CausalLM
+from qs_jax.sharding import laid_out, on_host
 
 PIECE = 1024
 """Most tokens of a prompt that go through the blocks at once: bounds the memory of the attention scores."""
@@ -29,7 +30,12 @@ _SMALLEST_PIECE = 16
 _SIZES_PER_OCTAVE = 4
 _WIDTHS_PER_OCTAVE = 2
 
-grow_jit = jax.jit(grow, static_argnames="capacities")
+
+@partial(jax.jit, static_argnames="capacities")
+def grow_jit(cache: Cache, capacities: tuple[int, ...]) -> Cache:
+    """`grow`, compiled."""
+    return laid_out(grow(cache, capacities), like=cache)
+
 
 Counts = Int[np.ndarray, " batch"]
 Places = Int[np.ndarray, "batch tokens"]
@@ -140,7 +146,7 @@ def prefill(
                 break
             going_on, resting, decision = staged.active, staged.resting, staged.decision
             halting = policy.prompt_halting is not None and stop in policy.prompt_halting.layers
-            taken, valid, origins = jax.device_get((decision, going_on.valid, going_on.origins))
+            taken, valid, origins = on_host((decision, going_on.valid, going_on.origins))
             trace.note(taken, valid, origins, layer=stop, halting=halting)
             active = going_on
             if (taken.halts | taken.absorbed).any():

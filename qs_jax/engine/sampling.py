@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from qs_jax.pytree import STATIC
+from qs_jax.sharding import mesh_of
 
 Scalar = Float[Array | np.ndarray, "*#batch"]
 
@@ -126,7 +127,7 @@ def _reduced(
 ) -> Array:
     """One number per row. On CPU the head's product leaves several rows side by side; reduced as they lie, and in
     blocks of the vocabulary that all cores share, they take a fifth of the time."""
-    if logits.shape[0] == 1:
+    if logits.shape[0] == 1 or mesh_of(logits) is not None:
         return of_rows(logits)
 
     def as_they_lie(logits: Array) -> Array:

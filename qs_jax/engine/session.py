@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.costs import Costs
@@ -21,8 +22,12 @@ from qs_jax.engine.pacing import ROUNDS, Drafting, Way
 from qs_jax.engine.prefill import Prefilled, first_capacity, grow_jit, prefill
 from qs_jax.engine.rounds import Drafts
 from qs_jax.engine.sampling import Sampling
+from qs_jax.hosts import agreed
 from qs_jax.models.base import CausalLM
+from qs_jax.sharding import laid_out, mesh_of, on_host, placed_like
 from qs_jax.token_set import token_set
+
+Tree = TypeVar("Tree")
 
 _FEWEST_ROWS_TO_SHRINK = 4
 _CHUNKS_WORTH_SHRINKING = 2
@@ -115,7 +120,7 @@ class Session:
         """What was chosen, as host arrays (steps, rows); the first chunk is the prefill's single step."""
         started = time.perf_counter()
         prefilled, state, first = self._begin()
-        chosen, done = jax.device_get((first, state.done))
+        chosen, done = on_host((first, state.done))
         self.prefill_seconds = time.perf_counter() - started
         batch = _Batch(np.arange(self.request.rows), done, prefilled.filled.max(axis=1).tolist())
         yield self._told(jax.tree.map(lambda leaf: leaf[None], chosen), batch)
@@ -130,7 +135,8 @@ class Session:
             state, chosen, passes = self._rounds(state, batch, way) if way else self._steps(state, batch)
             seconds = time.perf_counter() - started
             if self.drafts and passes:
-                self.drafts.pacing.took(way, self._shape(batch), seconds, passes, METER.since(before))
+                compiled = METER.since(before).agreed()
+                self.drafts.pacing.took(way, self._shape(batch), agreed(seconds), passes, compiled)
             self.decode_seconds += seconds
             self.decode_steps += passes
             self.rounds += passes if way else 0
@@ -143,7 +149,7 @@ class Session:
         state = self._make_room(state, batch, left)
         capacities = [layer.capacity for layer in state.cache]
         state, chunk = decode_chunk(self.model, state, self._forced(batch), self._controls)
-        chunk, batch.done = jax.device_get((chunk, state.done))
+        chunk, batch.done = on_host((chunk, state.done))
         batch.slots = chunk.filled.tolist()
         ahead = self._ahead(chunk.chosen, batch)
         return state, chunk.chosen, self._meter.decode(chunk, capacities, longest, twin_steps=ahead)
@@ -158,7 +164,7 @@ class Session:
         capacities = [layer.capacity for layer in state.cache]
         history = self.drafts.history(batch.rows, capacities[0])
         state, chunk = exact_chunk(self.model, state, history, draft, self._controls, count=count, rounds=ROUNDS)
-        chunk, batch.done = jax.device_get((chunk, state.done))
+        chunk, batch.done = on_host((chunk, state.done))
         batch.slots = chunk.filled.tolist()
         self.drafts.count(way, chunk.rounds, batch.rows)
         chosen = jax.tree.map(
@@ -232,7 +238,8 @@ class Session:
         if not (finished & ~batch.done).any():
             return state
         batch.done = batch.done | finished
-        return replace(state, done=jnp.asarray(batch.done))
+        alone = mesh_of(state.done) is None
+        return replace(state, done=jnp.asarray(batch.done) if alone else placed_like(batch.done, state.done))
 
     def _shrink(self, state: DecodeState, batch: _Batch) -> DecodeState:
         """Go on with half of the rows, or a quarter, … where the others are done and enough is left to do."""
@@ -283,4 +290,6 @@ class Session:
         return jax.tree.map(spread, chosen)
 
 
-_take_rows = jax.jit(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree))
+@jax.jit
+def _take_rows(tree: Tree, rows: Int[Array, " kept"]) -> Tree:
+    return laid_out(jax.tree.map(lambda leaf: leaf[rows], tree), like=tree)

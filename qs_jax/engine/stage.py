@@ -47,6 +47,7 @@ from qs_jax.kernels import at_bits
 from qs_jax.models import alike
 from qs_jax.models.attention import Segment, new_segment
 from qs_jax.models.base import Block, CausalLM, Heads, LayerOutput
+from qs_jax.sharding import laid_out
 
 
 class Tokens(NamedTuple):
@@ -180,7 +181,7 @@ def run_stage(
     rule = policy.kv_rule
     back = rule.looks_back(model)
     if isinstance(active, Entering):
-        active = _set_aside(active.embedded(model), 0, back)
+        active = _set_aside(laid_out(active.embedded(model), like=model), 0, back)
     if resting is not None:
         settled = rule.settle(model, start, resting.hidden_states, resting.aside)
         resting = resting._replace(hidden_states=settled, aside=())
@@ -196,11 +197,10 @@ def run_stage(
         layers.append(layer)
     if stop == policy.num_layers:
         found = model.head(active.hidden_states[:, 0])
-        return Staged(
-            None, None, tuple(layers), None, found if logits is None else jnp.where(active.valid, found, logits)
-        )
+        found = found if logits is None else jnp.where(active.valid, found, logits)
+        return laid_out(Staged(None, None, tuple(layers), None, found), like=model)
     active, decision = _decide(model, active, shown, policy, stop)
-    return Staged(active, resting, tuple(layers), decision, None)
+    return laid_out(Staged(active, resting, tuple(layers), decision, None), like=model)
 
 
 def _set_aside(tokens: Tokens, layers_run: int, back: tuple[int, ...]) -> Tokens:
@@ -292,9 +292,10 @@ def regroup(
     going = active.valid & ~decision.halts & ~decision.absorbed
     rested = active._replace(valid=active.valid & decision.halts)
     if not rest_width:
-        return _gathered(active, going, width), None
+        return laid_out((_gathered(active, going, width), None), like=active)
     joined = rested if resting is None else _joined((resting, rested)) if halting else resting
-    return _gathered(active, going, width), _gathered(joined, joined.valid, rest_width)
+    gathered = _gathered(active, going, width), _gathered(joined, joined.valid, rest_width)
+    return laid_out(gathered, like=active)
 
 
 def _joined(groups: Sequence[Tokens]) -> Tokens:

@@ -14,6 +14,7 @@ from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS, TUNED_LAST
 from qs_jax.evaluation.direct import fit_direct, states_of
 from qs_jax.evaluation.target import free_target
 from qs_jax.evaluation.windows import whole
+from qs_jax.hosts import refuse_several
 from qs_jax.lens import DirectLens
 from qs_jax.model import Model
 from qs_jax.progress import Advance, unseen
@@ -104,6 +105,7 @@ def fit_direct_lens(
         >>> model = qs_jax.load("model")  # qs_jax.calibrate tries it from here on
     """
     watch = Watch()
+    refuse_several("a lens is fitted")
     if tune < 0 or not stops:
         raise EvaluationError(f"tune is {tune:g} minutes and stops are {list(stops)}; give 0 or more, and one or more")
     if resume and out is None:

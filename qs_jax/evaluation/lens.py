@@ -12,6 +12,7 @@ from scipy.linalg import eigh, svd
 from qs_jax.errors import EvaluationError
 from qs_jax.fitting.activations import embedded, run_all
 from qs_jax.generation import not_finite
+from qs_jax.hosts import refuse_several
 from qs_jax.lens import Lens
 from qs_jax.model import Model
 
@@ -76,6 +77,7 @@ def fit_lens(
         EvaluationError: fewer than two windows, a model of one layer, a rank outside 1 to the hidden size, or states
             that are not finite in the model's dtype.
     """
+    refuse_several("a lens is fitted")
     hidden = model.config.hidden_size
     rank = max(1, hidden // 4) if rank is None else rank
     if not 1 <= rank <= hidden:

@@ -22,6 +22,7 @@ from qs_jax.kernels import has_planes, most_bits
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path
 from qs_jax.request import bind_policy
+from qs_jax.sharding import on_host
 
 Part = Literal["search", "test"]
 
@@ -130,11 +131,11 @@ class Measurements:
         measurements hold for."""
         digest = hashlib.sha256()
         for array in jax.tree.leaves(self.model.network.head_kernel):
-            digest.update(np.asarray(array).tobytes())
+            digest.update(np.asarray(on_host(array)).tobytes())
         for shortcut in self.model.network.shortcuts or ():
-            digest.update(np.asarray(shortcut.up.get_value()).tobytes())
+            digest.update(np.asarray(on_host(shortcut.up.get_value())).tobytes())
         for direct in self.model.network.direct or ():
-            digest.update(np.asarray(direct.down.get_value()).tobytes())
+            digest.update(np.asarray(on_host(direct.down.get_value())).tobytes())
         shapes = [(name, array.shape, str(array.dtype)) for name, array in arrays_by_path(self.model.network).items()]
         text = [(window.prompt, window.scored) for part in self.parts.values() for window in part]
         kind = self.planes, most_bits(self.model.network)

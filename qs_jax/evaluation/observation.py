@@ -14,6 +14,7 @@ from qs_jax.adaptive.signals import SIGNALS, Evidence, Shown, entropy_bits
 from qs_jax.evaluation.windows import Window
 from qs_jax.model import Model
 from qs_jax.models.base import CausalLM
+from qs_jax.sharding import on_host
 
 OBSERVED: tuple[SignalName, ...] = tuple(name for name, signal in SIGNALS.items() if signal.flops_per_channel)
 """Signals that are read of a layer's states, so that shares of tokens say where thresholds could lie."""
@@ -41,8 +42,8 @@ class Observed:
 def observe(model: Model, windows: Sequence[Window], *, protect_first: int, protect_last: int) -> Observed:
     """Run the plain dense model over a few windows."""
     few = windows[:_MOST_WINDOWS]
-    tokens = jnp.asarray([[*window.prompt, *window.scored] for window in few], jnp.int32)
-    values, distances, entropy, settled = jax.device_get(_look(model.network, tokens))
+    tokens = np.asarray([[*window.prompt, *window.scored] for window in few], np.int32)
+    values, distances, entropy, settled = on_host(_look(model.network, tokens))
     end = len(few[0].prompt)
     inner, passes = slice(protect_first, max(protect_first, end - protect_last)), slice(end - 1, -1)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from qs_jax.matryoshka.slices import Slice
 from qs_jax.matryoshka.streaming import FEW_ROWS, multiply_streams
 from qs_jax.outline import outlined
+from qs_jax.sharding import mesh_of
 
 Rows = Float[Array, "rows padded_inputs"]
 Result = Float[Array, "rows outputs"]
@@ -32,6 +33,8 @@ def multiply(x: Rows, codes: Slice) -> Result:
 
     Written out in a narrower type than float32, weights cost half, and the CPU multiplies them faster.
     """
+    if mesh_of((x, codes)) is not None:
+        return _product(*jax.lax.optimization_barrier((x, codes)))
     rows, size = x.shape[0], x.shape[1] * codes.outputs
     if rows <= FEW_ROWS and size >= _TINY:
         return jax.lax.platform_dependent(x, codes, cpu=_streams, default=_multiply)
@@ -65,8 +68,13 @@ def _multiply(x: Rows, codes: Slice) -> Result:
     """Weights are written out first, but not before the rows are there.
 
     What depends on codes alone the compiler may do at any time: it would write out the weights of all layers at once.
-    So scales wait for the rows, by a condition that never holds. XLA's CPU backend drops a barrier.
+    So scales wait for the rows, by a condition that never holds. XLA's CPU backend drops a barrier; on a mesh there is
+    one all the same, as one number of the rows would have to go to every device.
     """
-    codes = replace(codes, scale=jnp.where(x[0, 0] > jnp.inf, jnp.nan, codes.scale))
+    return _product(x, replace(codes, scale=jnp.where(x[0, 0] > jnp.inf, jnp.nan, codes.scale)))
+
+
+def _product(x: Rows, codes: Slice) -> Result:
+    """With weights written out first."""
     weights = codes.weights().astype(x.dtype)
     return jax.lax.dot_general(x, weights, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -59,6 +59,14 @@ def dense_path(path: str) -> str:
     return f"{path}.{_DENSE}"
 
 
+def split_path(path: str, stored: StoredKernels) -> tuple[str, str | None]:
+    """The weight that a stored array belongs to, and which of a kernel's arrays it is; None for dense weights."""
+    whole, _, leaf = path.rpartition(".")
+    if whole not in stored.kernels:
+        return path, None
+    return whole, None if leaf == _DENSE else leaf
+
+
 def kernel_arrays(path: str, kernel: NestedKernel) -> dict[str, np.ndarray]:
     """The arrays to store, by path."""
     return {f"{path}.{leaf}": np.asarray(getattr(kernel, leaf)) for leaf in LEAVES}

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from qs_jax.config import ModelConfig, refuse_quantised
 from qs_jax.config_reader import ConfigReader
@@ -13,6 +15,7 @@ from qs_jax.errors import ConfigError
 from qs_jax.models import gpt2, llama, mistral, qwen2
 from qs_jax.models.base import Block, CausalLM, forward
 from qs_jax.models.layers import AbstractInit, RandomInit
+from qs_jax.sharding import Layout
 
 
 class Architecture(NamedTuple):
@@ -67,9 +70,22 @@ _NESTED = ("text_config", "llm_config", "language_config", "decoder")
 """Where configurations of models that also see or hear keep that of their text model."""
 
 
-def random_network(config: ModelConfig, *, seed: int, dtype: Any = jnp.float32) -> CausalLM:
-    """A network with random weights, as at the start of training (normal, std 0.02, scaled residual outputs)."""
-    return ARCHITECTURES[config.model_type].network(config, init=RandomInit(jnp.dtype(dtype), nnx.Rngs(seed)))
+def random_network(
+    config: ModelConfig, *, seed: int, dtype: Any = jnp.float32, layout: Layout | None = None
+) -> CausalLM:
+    """A network with random weights, as at the start of training (normal, std 0.02, scaled residual outputs).
+
+    With a layout each device of the mesh makes its own part of them.
+    """
+
+    def made() -> CausalLM:
+        return ARCHITECTURES[config.model_type].network(config, init=RandomInit(jnp.dtype(dtype), nnx.Rngs(seed)))
+
+    if layout is None:
+        return made()
+    shardings = layout.weights(abstract_arrays(config, dtype=dtype))
+    arrays = jax.jit(lambda: arrays_by_path(made()), out_shardings=shardings)()
+    return network_from_arrays(config, arrays, dtype=dtype)
 
 
 def abstract_network(config: ModelConfig, *, dtype: Any = jnp.float32) -> CausalLM:
@@ -98,6 +114,26 @@ def network_from_arrays(config: ModelConfig, arrays: Mapping[str, Any], *, dtype
     return network
 
 
+def placed(network: CausalLM, layout: Layout) -> CausalLM:
+    """The network with every weight where the layout wants it; arrays that lie there already stay.
+
+    Every process has the weights that move.
+    """
+
+    def move(array: Any, place: NamedSharding) -> Any:
+        if array.sharding == place:
+            return array
+        return jax.make_array_from_callback(array.shape, place, lambda index: np.asarray(array[index]))
+
+    copy: CausalLM = nnx.merge(*nnx.split(network))
+    state = nnx.state(copy, nnx.Param)
+    places = layout.weights(arrays_by_path(copy))
+    for path, param in nnx.to_flat_state(state):
+        param.set_value(jax.tree.map(move, param.get_value(), places[".".join(map(str, path))]))
+    nnx.update(copy, state)
+    return copy
+
+
 __all__ = [
     "ARCHITECTURES",
     "Block",
@@ -108,5 +144,6 @@ __all__ = [
     "forward",
     "network_from_arrays",
     "parse_config",
+    "placed",
     "random_network",
 ]

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qs_jax.sharding import laid_out
+
 
 class Segment(NamedTuple):
     """A run of keys and values that queries may look at.
 
     Channels come last, so that a token is written as one piece per head. `bias`, if there is one, is added to every
-    query's logits for the slot.
+    query's logits for the slot. On a mesh it lies as caches do: the partitioner may cut heads finer than these within
+    attention, not in what is kept.
     """
 
     keys: Float[Array, "batch kv_heads slots head_dim"]
@@ -50,7 +53,7 @@ def new_segment(
     """Tokens being processed now; unless said otherwise each sees itself and those before it."""
     tokens = k.shape[1]
     causal = jnp.tril(jnp.ones((1, tokens, tokens), bool)) if visible is None else visible
-    return Segment(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), causal, bias)
+    return laid_out(Segment(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), causal, bias), like=k)
 
 
 def attention(

@@ -11,6 +11,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.kernels import Kernel, as_kernel
 from qs_jax.models.attention import View, attention, new_segment
 from qs_jax.models.layers import DirectKv, Embedding, Init, Linear, Shortcut
+from qs_jax.sharding import gathered
 
 Hidden = Float[Array, "batch tokens hidden"]
 Heads = Float[Array, "batch tokens kv_heads head_dim"]
@@ -119,8 +120,10 @@ class CausalLM(nnx.Module):
         """Normalise the residual stream that leaves the last block."""
 
     def head(self, hidden_states: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
-        """Next-token logits in float32."""
-        logits = self.head_kernel.matmul(self.final_norm(hidden_states))
+        """Next-token logits in float32. On a mesh every device has all of a row's: what is decided by them is decided
+        alike, in one order of sums."""
+        kernel = self.head_kernel
+        logits = gathered(kernel.matmul(self.final_norm(hidden_states)), like=kernel)
         return logits[..., : self.config.vocab_size]
 
     def shortcut(self, layer: int, hidden_states: Hidden) -> Hidden:

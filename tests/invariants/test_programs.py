@@ -8,11 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from qs_jax import cache, kernels
 from qs_jax.adaptive.policy import Policy
-from qs_jax.engine import prefill, session
+from qs_jax.engine import decode, exact, prefill, sampling, session, stage
 from qs_jax.engine.compilation import METER
 from qs_jax.engine.decode import decode_chunk, decode_step
 from qs_jax.engine.prefill import Piece
+from qs_jax.matryoshka import product
+from qs_jax.models import attention, base
 from tests.invariants.cases import (
     DECODE_LAYERS,
     GPT2_FROZEN,
@@ -68,6 +71,30 @@ def lower_everywhere(model: Any, policy: Policy, expected: set[str]) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_dense_programs_lower_for_every_platform(name: str) -> None:
     lower_everywhere(tiny_model(name, LAYERS), Policy.off(), {"run_stage", "begin", "decode_chunk"})
+
+
+def texts(case: Case, policy: Policy) -> list[str]:
+    """Every program of a request, as it is lowered anew."""
+    jax.clear_caches()
+    with traced() as programs:
+        run(case.model, policy, [PROMPT] * 2, 1 + CHUNK, chunk_size=CHUNK)
+    return [program.lower().as_text() for program in programs]
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_without_a_mesh_nothing_of_one_is_in_a_program(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
+    """The programs are those of a package that had never heard of meshes."""
+    policy = Policy.off() if dense else halfway(LLAMA_LADDER)
+    found = texts(LLAMA_LADDER, policy)
+    # JAX itself says of noise that it may lie anywhere on a mesh that there is not
+    said = {line for text in found for line in text.splitlines() if "sharding" in line or "sdy." in line}
+    assert all("@empty_mesh" in line for line in said)
+    for module in (cache, kernels, product, sampling):
+        monkeypatch.setattr(module, "mesh_of", lambda tree: None)
+    for module in (attention, cache, decode, exact, prefill, session, stage):
+        monkeypatch.setattr(module, "laid_out", lambda tree, like: tree)
+    monkeypatch.setattr(base, "gathered", lambda logits, like: logits)
+    assert texts(LLAMA_LADDER, policy) == found
 
 
 @each((GPT2_ZERO, LLAMA_DROP), slow=(GPT2_SHALLOW, LLAMA_LADDER))

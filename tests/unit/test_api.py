@@ -30,7 +30,8 @@ from tests.study import LETTERS, command, model_folder
 from tests.unit.test_conversion import run as convert_command
 
 PRINTING = {"json", "debug", "version"}
-LOADING = {"dtype", "revision", "verify"}
+JOINING = {"distributed", "coordinator", "processes", "process"}
+LOADING = {"dtype", "revision", "verify", "mesh", *JOINING}
 TEXT = "".join(np.random.default_rng(0).choice(list(LETTERS), 2000))
 CUT: dict[str, Any] = {"prefix": 40, "window": 10, "max_tokens": 40, "batch": 2}
 
@@ -105,7 +106,7 @@ def test_every_command_loads_as_load_does() -> None:
     def nothing(*, common: Any) -> None:
         pass
 
-    assert defaults(nothing, PRINTING) == defaults(qs_jax.load, {"path_or_id", "compilation_cache"})
+    assert defaults(nothing, PRINTING | JOINING) == defaults(qs_jax.load, {"path_or_id", "compilation_cache"})
 
 
 @pytest.mark.parametrize(
