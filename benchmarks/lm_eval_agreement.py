@@ -43,7 +43,7 @@ from qs_jax.model import Model
 
 NAME = "lm_eval"
 PAGE = Path(__file__).parents[1] / "docs" / "lm_eval.md"
-BATCH = 8
+BATCH = 16
 RECITE = "qs_recite"
 SCORES = {
     "qs_last_word": ("acc,none", "perplexity,none"),
@@ -148,18 +148,18 @@ def settings(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield "off", judged(model)
     yield "balanced", judged(model, policy="balanced")
-    aside("fitting the lens")
-    lens = fit_lens(model, whole(model, documents_of(studies()[real_model.NAME].lens), LENS_TOKENS)).lens
-    lensed = replace(model, network=with_lens(model.network, lens))
-    for one in read_result(f"quality_{real_model.NAME}")["calibrated"]:
-        if name := _CALIBRATED.get(one["max_ppl_increase"]):
-            yield name, judged(lensed, policy=Policy.from_json(one["policy"]))
     with TemporaryDirectory() as temporary:
         aside("converting")
         convert(folder, Path(temporary) / "codes", quantize="matryoshka")
         codes = load(Path(temporary) / "codes", dtype="float32")
     for bits in (8, 4):
         yield f"{bits} bits", judged(codes, bits=bits)
+    aside("fitting the lens")
+    lens = fit_lens(model, whole(model, documents_of(studies()[real_model.NAME].lens), LENS_TOKENS)).lens
+    lensed = replace(model, network=with_lens(model.network, lens))
+    for one in read_result(f"quality_{real_model.NAME}")["calibrated"]:
+        if name := _CALIBRATED.get(one["max_ppl_increase"]):
+            yield name, judged(lensed, policy=Policy.from_json(one["policy"]))
     yield "paper", judged(model, policy="paper")
 
 

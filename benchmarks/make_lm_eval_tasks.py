@@ -18,7 +18,7 @@ from qs_jax.corpus import read_documents
 from reference_models.data import text_folder
 
 FOLDER = Path(__file__).parent / "lm_eval_tasks"
-EXAMPLES = {"last_word": 160, "next_sentence": 120, "recite": 100, "passages": 32}
+EXAMPLES = {"last_word": 128, "next_sentence": 100, "recite": 100, "passages": 16}
 CHOICES = 4
 
 _TITLES = (

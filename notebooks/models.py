@@ -1,4 +1,4 @@
-"""Which model a notebook runs: a real one from the hub where that can be reached, elsewhere a small one that ships here.
+"""Which model a notebook runs: a real one from the hub where that can be reached, else a small one that ships here.
 
 `QS_JAX_NOTEBOOK_MODEL` names another: a hub id, a folder or a GGUF file. `HF_HUB_OFFLINE=1` keeps to the small one.
 """

@@ -1,4 +1,4 @@
-"""`qs-lm-eval`: the command line of lm-evaluation-harness with `qs_jax` in its list of models. Imports nothing heavy."""
+"""`qs-lm-eval`: the command line of lm-evaluation-harness, which knows the model `qs_jax`. Imports nothing heavy."""
 
 import importlib.util
 import sys

@@ -283,9 +283,7 @@ def _within(asked: int | None, model: Model) -> int:
     """Most tokens of a context and its continuation."""
     limit = model.config.max_position_embeddings
     if asked is not None and not (is_whole(asked, 2) and asked <= limit):
-        raise GenerationError(
-            f"max_length is {asked!r}, expected a whole number from 2 to the model's {limit}"
-        )
+        raise GenerationError(f"max_length is {asked!r}, expected a whole number from 2 to the model's {limit}")
     return asked or limit
 
 
