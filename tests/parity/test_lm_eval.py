@@ -17,11 +17,7 @@ from qs_jax.loading import load
 from qs_jax.model import Model
 from tests.tiny import quantised, tiny_model
 
-pytestmark = [
-    pytest.mark.parity,
-    # its datasets and metrics import what others have deprecated
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.parity
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'qs_jax[lm-eval]'")
 pytest.importorskip("torch", reason="pip install 'qs_jax[parity]'")
