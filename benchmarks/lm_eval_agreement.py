@@ -1,8 +1,8 @@
 """Does lm-evaluation-harness say the same of `qs_jax` as of `hf`, and what do policies and bits cost on its tasks?
 
-    python -m benchmarks.lm_eval_agreement                  # all of it; half an hour on two cores
+    python -m benchmarks.lm_eval_agreement                  # all of it; an hour on two cores
     python -m benchmarks.lm_eval_agreement --only agree     # `hf` and `qs_jax` alone, example by example
-    python -m benchmarks.lm_eval_agreement --limit 8        # a few examples of each task, nothing written
+    python -m benchmarks.lm_eval_agreement --limit 32       # only so many examples of each task
     python -m benchmarks.lm_eval_agreement --report         # the tables of docs/lm_eval.md, from the results
 
 Needs the extras `parity` and `lm-eval`, and nothing from a hub. SmolLM2 in float32 on the tasks of
@@ -238,7 +238,7 @@ def _cost_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("agree", "costs"), help="this part alone; the other stays in the file")
-    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task; nothing is written")
+    parser.add_argument("--limit", type=int, metavar="N", help="so many examples of each task")
     parser.add_argument("--report", action="store_true", help="write the tables, run nothing")
     asked = parser.parse_args()
     result = read_result(NAME)
@@ -246,14 +246,13 @@ def main() -> None:
         fill(PAGE, tables(result))
         return
     jax.config.update("jax_default_matmul_precision", "highest")
-    facts = {key: environment()[key] for key in ("date", "cpu")}
+    facts = {**{key: environment()[key] for key in ("date", "cpu")}, "limit": asked.limit}
 
     def write(part: str, found: dict[str, Any]) -> None:
         result[part] = {**facts, **found}
         print("\n".join(tables({part: result[part]}).values()), flush=True)
-        if asked.limit is None:
-            print(write_result(NAME, result))
-            fill(PAGE, tables(result))
+        print(write_result(NAME, result))
+        fill(PAGE, tables(result))
 
     with reporting_errors(debug=True):
         folder = real_model.folder()

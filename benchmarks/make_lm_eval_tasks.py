@@ -97,24 +97,25 @@ def whole(sentences: list[str]) -> dict[str, Any] | None:
     return {"text": " ".join(sentences)}
 
 
-_TASKS: dict[str, tuple[Callable[[list[str]], dict[str, Any] | None], int, int]] = {
-    "last_word": (last_word, 60, 110),
-    "next_sentence": (next_sentence, 60, 110),
-    "recite": (recite, 60, 110),
-    "passages": (whole, 220, 280),
+_TASKS: dict[str, tuple[Callable[[list[str]], dict[str, Any] | None], tuple[int, int], tuple[float, float]]] = {
+    "last_word": (last_word, (60, 110), (0, 0.55)),
+    "next_sentence": (next_sentence, (60, 110), (0.55, 0.7)),
+    "recite": (recite, (60, 110), (0.7, 0.85)),
+    "passages": (whole, (220, 280), (0.85, 1)),
 }
+"""By task what makes an example of sentences, how many words they have, and the part of every novel that it has to
+itself."""
 
 
 def examples(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
     """By task; of every novel as many."""
     made: dict[str, list[dict[str, Any]]] = {}
-    for place, (name, (make, least, most)) in enumerate(_TASKS.items()):
+    for name, (make, words, (start, stop)) in _TASKS.items():
         share = -(-EXAMPLES[name] // len(texts))
         rows = []
         for text in texts:
-            # each task has a part of every novel to itself
-            part = text[len(text) * place // len(_TASKS) : len(text) * (place + 1) // len(_TASKS)]
-            found = [row for sentences in passages(part, least, most) if (row := make(sentences))]
+            part = text[int(len(text) * start) : int(len(text) * stop)]
+            found = [row for sentences in passages(part, *words) if (row := make(sentences))]
             rows.append([found[len(found) * number // share] for number in range(share)])
         made[name] = [row for of_novel in zip(*rows, strict=True) for row in of_novel][: EXAMPLES[name]]
     _with_distractors(made["next_sentence"], len(texts))

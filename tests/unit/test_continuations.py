@@ -16,7 +16,7 @@ from qs_jax.model import Model
 from qs_jax.request import bind_policy
 from tests.tiny import PROMPTS, quantised, reference_logits, tiny_model
 
-STOPS = Policy("stops", prompt_halting=Halting("relative_drift", math.inf, layers=(1,)), protect_last=1)
+STOPS = Policy("stops", prompt_halting=Halting("relative_drift", math.inf, layers=(1,)), kv_rule="drop", protect_last=1)
 _random = np.random.default_rng(5)
 
 

@@ -45,7 +45,7 @@ def test_passages_are_of_the_length_asked_for_and_none_overlap() -> None:
 
 def test_the_same_text_gives_the_same_examples() -> None:
     sentences = [
-        f"The {word} of the {word} went on and on until there was nothing at all to see but the {word}."
+        f"The {word} of the {word} went on until there was nothing to see but the {word}."
         for word in ("house", "river", "garden", "mountain", "village")
     ]
     texts = [" ".join(sentences * 400) for _ in range(4)]
