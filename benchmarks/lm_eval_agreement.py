@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -71,13 +71,11 @@ Answer = tuple[float, bool] | float | str
 
 def evaluated(lm: Any, tasks: Sequence[str], limit: int | None, *, chat: bool = False) -> dict[str, dict[str, Any]]:
     """By task the harness's scores, every answer in the order of the examples, and each example's own scores."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
-    found: Any = simple_evaluate(
-        lm, tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat, bootstrap_iters=0
-    )
+    manager, run = TaskManager(include_path=str(FOLDER), include_defaults=False), cast(Any, evaluator).simple_evaluate
+    found = run(lm, tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat, bootstrap_iters=0)
     told = {}
     for task in tasks:
         samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
@@ -118,12 +116,12 @@ def _likelihood(answer: Answer) -> float:
 
 def agreement(folder: Path, limit: int | None) -> dict[str, Any]:
     """`hf` and `qs_jax` on every task, and on the generation task by the chat template and in exact mode."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
     from qs_jax.lm_eval import QsJaxLM
 
     aside("hf")
-    hf = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=BATCH)
+    hf = cast(Any, huggingface).HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=BATCH)
     theirs = evaluated(hf, list(SCORES), limit)
     chat = evaluated(hf, [RECITE], limit, chat=True)[RECITE]
     del hf

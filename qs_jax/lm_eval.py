@@ -33,7 +33,6 @@ _AUTO_BATCH = 16
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
-@register_model("qs_jax")
 class QsJaxLM(TemplateLM):
     """Scores and generates as the harness's own `hf` model does, with the engine's mechanisms on or off.
 
@@ -183,16 +182,16 @@ class QsJaxLM(TemplateLM):
             )
         self._count(ledger.to_json())
         answers = [(score.logprob, score.greedy) for score in scores]
-        for (cached, *_), answer in zip(requests, answers, strict=True):
-            if cached is not None:
-                self.cache_hook.add_partial("loglikelihood", cached, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each in windows of the model's context of which none overlap."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(_arguments(request)[0])
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(number)
@@ -208,7 +207,7 @@ class QsJaxLM(TemplateLM):
         found = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
             for settings, numbers in self._alike(requests):
-                texts = self._generated([requests[number].args[0] for number in numbers], settings, numbers)
+                texts = self._generated([_arguments(requests[number])[0] for number in numbers], settings, numbers)
                 for number, text in zip(dict.fromkeys(numbers), texts, strict=False):
                     found[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -220,13 +219,13 @@ class QsJaxLM(TemplateLM):
         filled up with repeats, as another number of rows would be another program."""
         by_settings = defaultdict(list)
         for number, request in enumerate(requests):
-            by_settings[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
+            by_settings[json.dumps(_arguments(request)[1], sort_keys=True, default=str)].append(number)
         for numbers in by_settings.values():
-            numbers.sort(key=lambda number: -len(requests[number].args[0]))
+            numbers.sort(key=lambda number: -len(_arguments(requests[number])[0]))
             size = min(self.batch_size, len(numbers))
             for first in range(0, len(numbers), size):
                 part = numbers[first : first + size]
-                yield requests[part[0]].args[1], part + part[-1:] * (size - len(part))
+                yield _arguments(requests[part[0]])[1], part + part[-1:] * (size - len(part))
 
     def _generated(self, contexts: Sequence[str], asked: Mapping[str, Any], numbers: Sequence[int]) -> list[str]:
         """A batch. The engine's stop strings may begin in the prompt, the harness's may not: where one could, rows run
@@ -269,6 +268,14 @@ class QsJaxLM(TemplateLM):
             watch = StopStrings(self._tokenizer, (), until)
             tokens = tokens[: next((n for n, token in enumerate(tokens, 1) if watch.push(token)), len(tokens))]
         return postprocess_generated_text(self.tok_decode(tokens), list(until), None)
+
+
+register_model("qs_jax")(QsJaxLM)
+
+
+def _arguments(request: Instance) -> tuple[Any, ...]:
+    """A context and its continuation, a whole text, or a context and how to generate."""
+    return cast(tuple[Any, ...], request.args)
 
 
 def _batch(asked: int | str) -> int:

@@ -57,11 +57,16 @@ def model() -> Model:
     return load(LLAMA, dtype="float32")
 
 
+def theirs(**how: Any) -> Any:
+    from lm_eval.models import huggingface
+
+    make: Any = huggingface.HFLM
+    return make(pretrained=str(LLAMA), dtype="float32", device="cpu", batch_size=1, **how)
+
+
 @pytest.fixture(scope="module")
 def hf() -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=str(LLAMA), dtype="float32", device="cpu", batch_size=1)
+    return theirs()
 
 
 def ours(model: Model | str, **how: Any) -> Any:
@@ -76,34 +81,31 @@ def told(method: str, lm: Any, given: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_likelihoods_and_greedy_flags_are_hfs(hf: Any, model: Model, batch: int) -> None:
-    theirs, found = (told("loglikelihood", lm, LIKELIHOODS) for lm in (hf, ours(model, batch_size=batch)))
-    for (logprob, greedy), (other, flag) in zip(theirs, found, strict=True):
+    expected, found = (told("loglikelihood", lm, LIKELIHOODS) for lm in (hf, ours(model, batch_size=batch)))
+    for (logprob, greedy), (other, flag) in zip(expected, found, strict=True):
         assert other == pytest.approx(logprob, abs=2e-3)
         assert flag == greedy
 
 
 def test_rolling_likelihoods_are_hfs(hf: Any, model: Model) -> None:
-    theirs, found = (told("loglikelihood_rolling", lm, ROLLING) for lm in (hf, ours(model)))
-    assert found == pytest.approx(theirs, abs=2e-2)
+    expected, found = (told("loglikelihood_rolling", lm, ROLLING) for lm in (hf, ours(model)))
+    assert found == pytest.approx(expected, abs=2e-2)
     assert found[-1] == 0.0
 
 
 @pytest.mark.parametrize("how", [{}, {"batch_size": 1}, {"exact": True, "draft": "lookup"}], ids=str)
 def test_texts_are_hfs(hf: Any, model: Model, how: dict[str, Any]) -> None:
-    theirs, found = (told("generate_until", lm, GENERATED) for lm in (hf, ours(model, **how)))
-    assert found == theirs
+    expected, found = (told("generate_until", lm, GENERATED) for lm in (hf, ours(model, **how)))
+    assert found == expected
 
 
 @pytest.mark.parametrize("arguments", [{"max_length": 64}, {"add_bos_token": True}, {"prefix_token_id": 5}], ids=str)
 def test_lengths_and_first_tokens_are_hfs(model: Model, arguments: dict[str, Any]) -> None:
-    from lm_eval.models.huggingface import HFLM
-
-    theirs = HFLM(pretrained=str(LLAMA), dtype="float32", device="cpu", batch_size=1, **arguments)
-    mine = ours(model, **arguments)
-    expected, found = (told("loglikelihood", lm, LIKELIHOODS) for lm in (theirs, mine))
+    other, mine = theirs(**arguments), ours(model, **arguments)
+    expected, found = (told("loglikelihood", lm, LIKELIHOODS) for lm in (other, mine))
     assert [flag for _, flag in found] == [flag for _, flag in expected]
     assert [one for one, _ in found] == pytest.approx([one for one, _ in expected], abs=2e-3)
-    expected, found = (told("generate_until", lm, GENERATED[:3]) for lm in (theirs, mine))
+    expected, found = (told("generate_until", lm, GENERATED[:3]) for lm in (other, mine))
     assert found == expected
 
 
@@ -184,14 +186,15 @@ def test_requests_that_cannot_be_are_refused(model: Model) -> None:
 
 
 def test_the_harness_finds_it_runs_the_tasks_and_says_what_was_spent() -> None:
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     import qs_jax.lm_eval
 
     assert qs_jax.lm_eval
     tasks = ["qs_last_word", "qs_next_sentence", "qs_recite", "qs_passages"]
-    found: Any = simple_evaluate(
+    run: Any = evaluator.simple_evaluate
+    found = run(
         "qs_jax",
         model_args=f"pretrained={LLAMA},dtype=float32",
         tasks=tasks,

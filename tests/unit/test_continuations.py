@@ -29,9 +29,11 @@ ASKED = [Continuation(tokens(context), tokens(scored)) for context, scored in LE
 ASKED += [Continuation(ASKED[0].context, tokens(count)) for count in (1, 5, 3)]
 
 
-def scored(model: Model, asked: list[Continuation], policy: Policy | None = None, **how: int) -> list[Scored]:
+def scored(
+    model: Model, asked: list[Continuation], policy: Policy | None = None, *, batch: int = 4, bits: int | None = None
+) -> list[Scored]:
     bound = bind_policy(model, policy or Policy.off())
-    return score_continuations(model, asked, bound, **{"batch": 4, **how})[0]
+    return score_continuations(model, asked, bound, batch=batch, bits=bits)[0]
 
 
 def expected(model: Model, one: Continuation) -> Scored:
