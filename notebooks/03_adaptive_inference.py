@@ -21,7 +21,7 @@
 # to a budget of quality, tested on text it was not chosen on.
 #
 # **Needs:** nothing. Where the Hugging Face hub can be reached it runs SmolLM2-135M-Instruct (270 MB to fetch, no account,
-# no token), elsewhere the small Llama that ships with the repository: half an hour on a CPU, or a few minutes. Any model that
+# no token), elsewhere the small Llama that ships with the repository: a few minutes on a CPU, with SmolLM2 far more. Any model that
 # `qs_jax.load` takes goes in its place; on an accelerator a larger one is more telling.
 
 # %% [markdown]

