@@ -165,4 +165,4 @@ def _counted(
 ) -> tuple[Bool[np.ndarray, "steps rows"], Bool[np.ndarray, "steps rows"]]:
     """Which tokens of a chunk are still to be scored, and which of them are the most likely ones."""
     counts = chunk.emitted & (np.arange(len(chunk.tokens))[:, None] < left)
-    return counts, np.asarray(chunk.logits).argmax(axis=-1) == chunk.tokens
+    return np.asarray(counts), np.asarray(chunk.logits).argmax(axis=-1) == np.asarray(chunk.tokens)

@@ -64,7 +64,7 @@ def test_what_was_generated_is_greedy_and_scores_what_it_scored_then(policy: Pol
 
 
 def test_a_policy_scores_as_it_does_windows() -> None:
-    """And otherwise than the dense model."""
+    """And otherwise than the dense model, where a context is longer than what of it never halts."""
     model = tiny_model("llama")
     bound, dense = bind_policy(model, STOPS), scored(model, ASKED)
     found, ledger = score_continuations(model, ASKED, bound, batch=4)
@@ -73,7 +73,7 @@ def test_a_policy_scores_as_it_does_windows() -> None:
         window = Window(one.context, one.scored, (), ())
         alone = score_alone(model, [window], bound, batch=1).logprobs.sum()
         assert answer.logprob == pytest.approx(float(alone), abs=1e-4)
-        assert len(one.context) < 3 or abs(answer.logprob - off.logprob) > 1e-3
+        assert len(one.context) < 20 or abs(answer.logprob - off.logprob) > 1e-3
 
 
 def test_bits_are_those_that_are_asked_for() -> None:
