@@ -19,8 +19,9 @@
 #
 # Convert a Hugging Face model, generate with it, stream from it, and see what its calibrated policy saves.
 #
-# **Needs:** nothing. It runs on a CPU in about a minute with a small Llama that ships with the repository; on a GPU or
-# TPU runtime the same cells use that device. No account, no token, no download of weights.
+# **Needs:** nothing. Where the Hugging Face hub can be reached it runs SmolLM2-135M-Instruct (270 MB to fetch, no account,
+# no token), elsewhere a small Llama that ships with the repository: a few minutes on a CPU, or one. On a GPU or TPU runtime
+# the same cells use that device.
 
 # %% [markdown]
 # ## Install
@@ -73,7 +74,10 @@ print("jax", jax.__version__, "on", *(f"{device.platform}: {device.device_kind}"
 # %%
 import tempfile
 
-SOURCE = REFERENCE / "llama"  # or "openai-community/gpt2"
+sys.path.append(str(clone))
+from notebooks.models import pick
+
+SOURCE = pick(REFERENCE / "llama")  # or "openai-community/gpt2"
 WORK = Path(tempfile.mkdtemp())
 
 # in a terminal: qs-convert SOURCE ./model --verify
@@ -126,11 +130,11 @@ for piece in qs_jax.stream(model, "One day, a boy", max_new_tokens=48, do_sample
 # %% [markdown]
 # ## Spend less
 #
-# A policy says which tokens may be computed with less. One that was calibrated for a model lies beside it as
-# `policy.json`: with this one most tokens of a prompt stop before half of the layers. Everything is counted as executed,
-# beside the dense model, in the ledger. What a policy may do differs from model to model: this small one allows far more
-# than a well-trained model does. Notebook `03_adaptive_inference` shows the mechanisms one by one, and how a policy is
-# calibrated to a budget of quality.
+# A policy says which tokens may be computed with less. One that was calibrated for a model lies beside it as `policy.json`,
+# as with the small models that ship here; for another there is `balanced`, which is safe uncalibrated and saves next to
+# nothing. Everything is counted as executed, beside the dense model, in the ledger. What a policy may do differs from model
+# to model: the small ones allow far more than a well-trained model does. Notebook `03_adaptive_inference` shows the mechanisms
+# one by one, and how a policy is calibrated to a budget of quality.
 
 # %%
 LONG = " ".join(
@@ -140,7 +144,8 @@ LONG = " ".join(
         'She said, "Look, there are so many apples!" Her mom smiled and said, "Yes, Lily. You can take one." Lily',
     ]
 )
-for policy in ("off", WORK / "model" / "policy.json"):
+beside = WORK / "model" / "policy.json"
+for policy in ("off", beside if beside.is_file() else "balanced"):
     output = qs_jax.generate(model, LONG, policy=policy, **settings)
     ledger = output.ledger
     print(

@@ -23,8 +23,8 @@
 # Hugging Face token with access to the model: accept its licence on its hub page, then put the token into Colab's
 # secrets (the key icon, name `HF_TOKEN`) or the environment variable `HF_TOKEN`.
 #
-# **Without a token, or without the hub,** every cell runs with the small Llama that ships with the repository, on
-# whatever device there is, and says so.
+# **Without a token** every cell runs with SmolLM2-135M-Instruct, which needs none, **without the hub** with the small Llama
+# that ships with the repository, on whatever device there is, and says so.
 
 # %% [markdown]
 # ## Install
@@ -82,6 +82,9 @@ if device.platform == "cpu":
 # ## Token and model
 
 # %%
+sys.path.append(str(clone))
+from notebooks.models import pick
+
 WANTED = "meta-llama/Llama-3.2-1B-Instruct"  # or meta-llama/Llama-2-7b-chat-hf, on a device with 24 GB or more
 
 
@@ -105,18 +108,19 @@ def hub_bytes(name: str, token: str) -> int:
     return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
 
 
-source, token = str(REFERENCE / "llama"), hub_token()
+source, token = None, hub_token()
 if token is None:
-    print(f"no token: {WANTED} stays on the hub; the Llama that ships with the repository takes its place")
+    print(f"no token: {WANTED} stays on the hub, and another model takes its place")
 else:
     os.environ["HF_TOKEN"] = token
     try:
         size = hub_bytes(WANTED, token)
         fits = size < 0.8 * room and 2.2 * size < shutil.disk_usage(here).free
         print(f"{WANTED}: {size / 1e9:.1f} GB of weights,", "fits" if fits else "too large for this runtime")
-        source = WANTED if fits else source
+        source = WANTED if fits else None
     except Exception as error:  # gated without access, no network, no such model
-        print(f"{WANTED} cannot be had ({type(error).__name__}); the shipped Llama takes its place")
+        print(f"{WANTED} cannot be had ({type(error).__name__}); another model takes its place")
+source = source or pick(REFERENCE / "llama")
 
 # %% [markdown]
 # ## Convert on a small runtime

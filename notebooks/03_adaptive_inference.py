@@ -20,8 +20,9 @@
 # What each of the four mechanisms does to a text, in colour; what it costs in perplexity; and how a policy is calibrated
 # to a budget of quality, tested on text it was not chosen on.
 #
-# **Needs:** nothing. It runs on a CPU in a few minutes with the small Llama that ships with the repository. Any model
-# that `qs_jax.load` takes goes in its place; on an accelerator a larger one is more telling.
+# **Needs:** nothing. Where the Hugging Face hub can be reached it runs SmolLM2-135M-Instruct (270 MB to fetch, no account,
+# no token), elsewhere the small Llama that ships with the repository: a few minutes on a CPU, with SmolLM2 far more. Any model that
+# `qs_jax.load` takes goes in its place; on an accelerator a larger one is more telling.
 
 # %% [markdown]
 # ## Install
@@ -62,7 +63,10 @@ from matplotlib.patches import Rectangle
 import qs_jax
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision
 
-MODEL = REFERENCE / "llama"  # or any other model
+sys.path.append(str(clone))
+from notebooks.models import pick
+
+MODEL = pick(REFERENCE / "llama")  # or any other model
 TEXT = None  # or a text file of yours, for calibration and for judging; see below
 
 model = qs_jax.load(MODEL)
@@ -213,7 +217,7 @@ show(precision, "4 bits where the last step's entropy was below 4 bits, else 8",
 together = Policy(
     name="together", prompt_halting=halting, kv_rule="frozen", fusion=fusion, precision=precision.precision
 )
-show(together, f"{MODEL.name}, halting + fusion + precision: green ran fewer layers, purple read 4 bits", planes)
+show(together, f"{Path(MODEL).name}, halting + fusion + precision: green ran fewer layers, purple read 4 bits", planes)
 
 # %% [markdown]
 # ## What it costs: text to calibrate and to judge on
@@ -278,7 +282,7 @@ print("chosen:", ", ".join(found.policy.mechanisms) or "off")
 found.policy.save(WORK / "policy.json")
 
 # %%
-beside = MODEL / "policy.json"
+beside = Path(MODEL) / "policy.json"
 chosen = Policy.load(beside) if beside.is_file() else found.policy if found.policy.mechanisms else Policy.balanced()
 show(chosen, f"policy: {chosen.name}")
 

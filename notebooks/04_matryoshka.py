@@ -20,7 +20,8 @@
 # How nested codes are stored and read, the error they make in every layer, what that does to text and perplexity, and
 # whether it pays to choose the precision per token.
 #
-# **Needs:** nothing. It runs on a CPU in a minute or two with the small GPT-2 that ships with the repository. Fewer bits
+# **Needs:** nothing. Where the Hugging Face hub can be reached it runs SmolLM2-135M-Instruct (270 MB to fetch, no account,
+# no token), elsewhere the small GPT-2 that ships with the repository: some minutes on a CPU, or one or two. Fewer bits
 # are fewer bytes to read, so they help where weights are read from memory (decoding, small batches), not in prefill.
 
 # %% [markdown]
@@ -63,7 +64,10 @@ import numpy as np
 
 import qs_jax
 
-MODEL = REFERENCE / "gpt2"  # or any other model
+sys.path.append(str(clone))
+from notebooks.models import pick
+
+MODEL = pick(REFERENCE / "gpt2")  # or any other model
 WORK = Path(tempfile.mkdtemp())
 BITS = (8, 4, 2)
 COLOURS = {8: "#0b6e4f", 4: "#c05a12", 2: "#7a3fb0"}

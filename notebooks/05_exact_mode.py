@@ -20,8 +20,9 @@
 # A draft proposes tokens, the dense model decides on several of them in one pass over its weights, and the text is that of
 # plain decoding. What is drafted, what of it is right, and what that costs and saves.
 #
-# **Needs:** nothing. It runs on a CPU in a minute or two with the small Llama that ships with the repository. Times mean
-# little on so small a model; [docs/speed.md](../docs/speed.md) and the README have those of a real one.
+# **Needs:** nothing. Where the Hugging Face hub can be reached it runs SmolLM2-135M-Instruct (270 MB to fetch, no account,
+# no token), elsewhere the small Llama that ships with the repository: some minutes on a CPU, or one or two. Times mean
+# little on so small a model as that; [docs/speed.md](../docs/speed.md) and the README have those of a real one.
 
 # %% [markdown]
 # ## Install
@@ -61,7 +62,10 @@ from matplotlib.patches import Rectangle
 
 import qs_jax
 
-MODEL = REFERENCE / "llama"  # or any other model
+sys.path.append(str(clone))
+from notebooks.models import pick
+
+MODEL = pick(REFERENCE / "llama")  # or any other model
 WORK = Path(tempfile.mkdtemp())
 
 model = qs_jax.load(MODEL)

@@ -50,20 +50,32 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         """The id of what the tokenizer names its end of text, if it names one. Generation ends where the model's
         configuration says, as in Hugging Face, which may be another."""
-        return self._backend.token_to_id(self._named["eos_token"]) if "eos_token" in self._named else None
+        return self._id_of("eos_token")
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of what the tokenizer names its beginning of text, if it names one."""
+        return self._id_of("bos_token")
+
+    def _id_of(self, name: str) -> int | None:
+        return self._backend.token_to_id(self._named[name]) if name in self._named else None
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._chat_template
 
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens the model expects around a prompt.
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens the model expects around a prompt unless `special` is false.
 
         Raises:
             TokenizerError: the text holds half a surrogate pair, as text read from a wrong encoding does.
         """
         _require_unicode(text)
-        return self._backend.encode(text).ids
+        return self._backend.encode(text, add_special_tokens=special).ids
 
     def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
         """Token ids as `encode` gives them, and the stretch of the text that each stands for; the stretches join to
@@ -86,12 +98,12 @@ class Tokenizer:
             TokenizerError: the tokenizer has no chat template, the template refuses the messages, or text as `encode`
                 refuses it.
         """
-        text = self.render_chat(messages)
-        _require_unicode(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode(self.render_chat(messages), special=False)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(self, messages: Sequence[Message], *, unfinished: bool = False) -> str:
         """A conversation as the chat template writes it; templates run in Jinja's sandbox.
+
+        It ends where the assistant speaks next or, where its last message is `unfinished`, with that message.
 
         Raises:
             TokenizerError: the tokenizer has no chat template, or the template refuses the messages.
@@ -106,7 +118,8 @@ class Tokenizer:
             rendered, _ = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
                 chat_template=self._chat_template,
-                add_generation_prompt=True,
+                add_generation_prompt=not unfinished,
+                continue_final_message=unfinished,
                 **self._named,
             )
         except Exception as error:  # the template language is open-ended
