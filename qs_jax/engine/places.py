@@ -312,29 +312,19 @@ class Alone:
         return ledger
 
     def _next(self) -> Gain:
-        session, chosen = self._session, next(self._chunks, None)
+        session, chosen = self._session, next(self._chunks)
         assert session is not None
-        if chosen is None:
-            self._over = True
-            return Gain(0, _NO_TOKENS, [], True)
         emitted = chosen.emitted[:, 0]
         own = jax.tree.map(lambda leaf: leaf[emitted, 0], chosen)
-        marks = session.drafts.from_draft[0][self._seen :] if session.drafts else [False] * len(own.tokens)
+        first, request = self._seen, session.request
         self._seen += len(own.tokens)
-        return Gain(0, own, marks[: len(own.tokens)], False)
+        marks = session.drafts.from_draft[0][first : self._seen] if session.drafts else [False] * len(own.tokens)
+        ended = np.isin(own.tokens, request.eos_token_ids).any() or not np.isfinite(own.logprobs).all()
+        self._over = bool(ended) or self._seen >= request.max_new_tokens
+        return Gain(0, own, marks, self._over)
 
 
 _NOTHING = Sampling.of()
-
-_NO_TOKENS = Chosen(
-    tokens=np.zeros(0, np.int32),
-    logprobs=np.zeros(0, np.float32),
-    emitted=np.zeros(0, bool),
-    layers_run=np.zeros(0, np.int32),
-    bits_read=np.zeros(0, np.int32),
-    signal=np.zeros(0, np.float32),
-    logits=np.zeros((0, 0), np.float32),
-)
 
 
 @partial(jax.jit, donate_argnames="state")

@@ -91,7 +91,7 @@ class Answer:
             token,
             self._detokenizer.push(token) if self._detokenizer else "",
             float(chosen.logprobs[step]),
-            _most_likely(chosen.logits[step], self._top) if self._top else (),
+            _most_likely(np.asarray(chosen.logits[step]), self._top) if self._top else (),
             layers,
             read / layers if read and layers else self._bits,
             bool(gain.from_draft[step]),

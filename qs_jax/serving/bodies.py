@@ -24,7 +24,8 @@ _NO_EFFECT = (
 )
 """Fields of OpenAI's that tell of the caller, or of what only other fields would bring about."""
 
-Prompt = str | list[int] | list[dict[str, str]]
+Prompt = str | tuple[int, ...] | list[dict[str, str]]
+"""Text, token ids, or a conversation."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _prompts(fields: Fields) -> tuple[Prompt, ...]:
     value = fields.take("prompt", holds, expected)
     if value is None:
         raise refused(f"prompt is missing; give {expected}", "prompt")
-    return (value,) if is_one(value) else tuple(value)
+    several = [value] if is_one(value) else value
+    return tuple(one if isinstance(one, str) else tuple(one) for one in several)
 
 
 def _messages(fields: Fields) -> Prompt:
@@ -136,12 +138,10 @@ def _message(raw: Any, number: int) -> dict[str, str]:
         raise refused(f"{where} is {shown(raw)}, expected an object with role and content", "messages")
     content = raw.get("content")
     if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
             raise refused(f"{where} has content that is not text; this model reads text only", "messages")
-        content = "".join(parts)
+        content = "".join(map(str, texts))
     if not isinstance(content, str):
         raise refused(f"{where} has no content; give text", "messages")
     if raw.get("tool_calls") or role in ("tool", "function"):

@@ -87,7 +87,5 @@ class Fields:
         ApiError: something is left that nobody knows.
         """
         if self._left:
-            names = sorted(self._left)
-            raise refused(
-                f"unknown field {', '.join(shown(name)[1:-1] for name in names[:5])}; see docs/serving.md", names[0]
-            )
+            name = min(self._left)
+            raise refused(f"unknown field {shown(name)}; docs/serving.md lists those there are", name)

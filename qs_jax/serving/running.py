@@ -105,8 +105,8 @@ def warm_up(service: Service) -> None:
     sizes = [size for size in (2**n for n in range(places.bit_length())) if size < places] + [places]
     aside(f"compiling for {', '.join(map(str, sizes))} rows (--no-warm-up leaves that to the first requests)")
     tokens = min(4 * service.options.chunk, service.context - 1)
-    for settings in ({"do_sample": False}, {"do_sample": True, "temperature": 1.0, "seed": 0}):
-        asked = GenerationConfig.of(max_new_tokens=tokens, eos_token_id=(), **settings)
+    for samples in (False, True):
+        asked = GenerationConfig(max_new_tokens=tokens, eos_token_id=(), do_sample=samples, seed=0)
         like = prepare(model, [[0]], in_force(asked, model.defaults, model.config), chunk_size=service.options.chunk)
         batch, tickets = Places(model.network, like, most=places), []
         for size in sizes:

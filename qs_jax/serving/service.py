@@ -1,6 +1,6 @@
 """A model as it is served: by which names it and its policies are known, and requests made of what clients ask."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,8 @@ class Service:
             GenerationError, PolicyError, TokenizerError: what the engine refuses.
         """
         if (count := len(asked.prompts) * asked.sequences) > self.scheduler.room:
-            raise refused(
-                f"{count} answers are asked for, and the server holds {self.scheduler.room}; ask for fewer", "n"
-            )
+            most = self.scheduler.room
+            raise refused(f"{count} answers are asked for, and the server holds {most}; ask for fewer", "n")
         if asked.top and asked.settings["exact"]:
             raise refused("the most likely tokens are not known in exact mode; leave out one of both", "exact")
         return [row for prompt in asked.prompts for row in self._rows_of(asked, prompt)]
@@ -114,17 +113,15 @@ class Service:
         )
 
     def _encoded(self, prompt: Prompt, what: str) -> list[int]:
-        if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
-            texts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
-            if (length := sum(map(len, texts))) > _CHARACTERS_A_TOKEN * self.context:
-                raise too_long(
-                    f"{what} of {length} characters is more than {self.context} tokens can hold; shorten it", what
-                )
-            tokenizer = self.model.tokenizer
-            if tokenizer is None:
-                raise TokenizerError(self.model.no_tokenizer)
-            return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)  # pyright: ignore[reportArgumentType]
-        return list(prompt)  # pyright: ignore[reportReturnType]
+        if isinstance(prompt, tuple):
+            return list(prompt)
+        length = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt)
+        if length > _CHARACTERS_A_TOKEN * self.context:
+            raise too_long(f"{what} of {length} characters is more than {self.context} tokens; shorten it", what)
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            raise TokenizerError(self.model.no_tokenizer)
+        return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
     def described(self) -> dict[str, Any]:
         """What a client may ask of this model, beside OpenAI's fields."""
