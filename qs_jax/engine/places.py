@@ -16,7 +16,7 @@ finds no place, and shrinks when half of it has been empty for a while.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from qs_jax.adaptive.ledger import Ledger
 from qs_jax.cache import bucket
 from qs_jax.engine.decode import Chosen, Controls, DecodeState, begin, decode_chunk
 from qs_jax.engine.meter import Meter, share
-from qs_jax.engine.prefill import FIRST_CAPACITY, grow_jit, prefill
+from qs_jax.engine.prefill import FIRST_CAPACITY, PromptTrace, grow_jit, prefill
 from qs_jax.engine.sampling import Sampling
 from qs_jax.engine.session import Request, Session, take_rows
 from qs_jax.models.base import CausalLM
@@ -41,15 +41,18 @@ _PATIENCE = 4
 class Gain(NamedTuple):
     """What a row gained: of `chosen` each leaf is (steps, ...), of this row alone, and only what it emitted.
 
-    `from_draft` says of each token whether it was a draft of exact mode. `over` is set where the device ended the row.
+    `from_draft` says of each token whether it was a draft of exact mode. `over` is set where the device ended the row,
+    `prompt` with its first token.
     """
 
     ticket: int
     chosen: Chosen
     from_draft: Sequence[bool]
     over: bool
+    prompt: PromptTrace | None = None
 
 
+@runtime_checkable
 class Batch(Protocol):
     """What runs rows that may run together, chunk by chunk.
 
@@ -168,7 +171,7 @@ class Places:
         self._rows[ticket] = _Row(
             request.sampling, meter.ledger, place, slots=len(prompt), remaining=request.max_new_tokens - 1
         )
-        return Gain(ticket, chosen, [False], over)
+        return Gain(ticket, chosen, [False], over, prefilled.trace)
 
     def step(self) -> list[Gain]:
         """A chunk of steps for the rows that are there.
@@ -301,7 +304,9 @@ class Alone:
             raise ValueError("this batch has no place for that request")
         self._session, self._over, self._seen = Session(self.model, request, bits=self._bits), False, 0
         self._chunks = self._session.chunks()
-        return self._next()
+        gain, prefilled = self._next(), self._session.prefilled
+        assert prefilled is not None
+        return gain._replace(prompt=prefilled.trace)
 
     def step(self) -> list[Gain]:
         return [self._next()]

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qs_jax.engine.places import Gain
+from qs_jax.engine.prefill import PromptTrace
 from qs_jax.engine.stopping import Detokenizer
 from qs_jax.model import Model
 
@@ -28,12 +29,23 @@ class Told:
     drafted: bool
 
 
+@dataclass(frozen=True)
+class PromptTold:
+    """A token of the prompt: the layers it ran, and whether it went on in its right neighbour."""
+
+    text: str
+    layers_run: int
+    fused: bool
+
+
 class Piece(NamedTuple):
-    """What a client may be told of a row by now; `produced` counts all of its tokens, those not told included."""
+    """What a client may be told of a row by now; `produced` counts all of its tokens, those not told included. With the
+    first goes what the prompt's took, where that is asked for."""
 
     told: tuple[Told, ...]
     produced: int
     finish: Finish | None
+    prompt: tuple[PromptTold, ...] = ()
 
     @property
     def text(self) -> str:
@@ -57,8 +69,10 @@ class Answer:
         bits: float,
         stops: Sequence[str] = (),
         top: int = 0,
+        tells_prompt: bool = False,
     ):
         self._detokenizer = Detokenizer(model.tokenizer, prompt) if model.tokenizer else None
+        self._model, self._prompt, self._tells_prompt = model, prompt, tells_prompt
         self._eos, self._left, self._stops, self._top = frozenset(eos), max_new_tokens, tuple(stops), top
         self._bits, self._held = bits, list[Told]()
         self._produced = 0
@@ -82,7 +96,15 @@ class Answer:
             told, self._held = tuple(self._held), []
         else:
             told = self._settled()
-        return Piece(told, self._produced, finish)
+        prompt = self._prompt_told(gain.prompt) if gain.prompt and self._tells_prompt else ()
+        return Piece(told, self._produced, finish, prompt)
+
+    def _prompt_told(self, trace: PromptTrace) -> tuple[PromptTold, ...]:
+        """Text that a token leaves open is the next one's."""
+        spelled = Detokenizer(self._model.tokenizer, (), special=True) if self._model.tokenizer else None
+        texts = [spelled.push(token) if spelled else "" for token in self._prompt]
+        shown = zip(texts, trace.layers_run[0].tolist(), trace.fused_with[0].tolist(), strict=True)
+        return tuple(PromptTold(text, layers, other >= 0) for text, layers, other in shown)
 
     def _told(self, gain: Gain, step: int, token: int) -> Told:
         chosen = gain.chosen

@@ -4,11 +4,11 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from qs_jax.serving.answer import Finish, Told
+from qs_jax.serving.answer import Finish, PromptTold, Told
 from qs_jax.serving.bodies import Asked
 from qs_jax.serving.scheduler import Event
 
@@ -21,6 +21,7 @@ class _Choice:
     produced: int = 0
     finish: Finish | None = None
     ledger: dict[str, float] | None = None
+    prompt: tuple[PromptTold, ...] = ()
 
 
 class Reply:
@@ -52,10 +53,12 @@ class Reply:
         before = len("".join(told.text for told in choice.told)) if self._asked.top is not None else 0
         choice.told += piece.told
         choice.produced, choice.finish = piece.produced, piece.finish
+        choice.prompt = piece.prompt or choice.prompt
         choice.ledger = event.ledger.to_json() if event.ledger else None
-        if not piece.told and not piece.finish:
+        if not piece.told and not piece.finish and not piece.prompt:
             return None
-        return self._chunk([self._choice(event.row, piece.told, piece.finish, before, delta=True)])
+        said = self._choice(event.row, piece.told, piece.finish, before, delta=True)
+        return self._chunk([{**said, **self._prompt(piece.prompt)}])
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """What a stream begins with: in a chat, who speaks."""
@@ -70,7 +73,10 @@ class Reply:
             yield {**self._chunk([]), "usage": self.usage}
 
     def whole(self) -> dict[str, Any]:
-        choices = [self._choice(i, one.told, one.finish, 0, delta=False) for i, one in enumerate(self._choices)]
+        choices = [
+            {**self._choice(i, one.told, one.finish, 0, delta=False), **self._prompt(one.prompt)}
+            for i, one in enumerate(self._choices)
+        ]
         kind = "chat.completion" if self._asked.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage}
 
@@ -101,6 +107,9 @@ class Reply:
             {"text": t.text, "layers_run": t.layers_run, "bits": round(t.bits, 2), "drafted": t.drafted} for t in told
         ]
         return {"spent": spent, **({"ledger": ledger} if ledger else {})}
+
+    def _prompt(self, told: Sequence[PromptTold]) -> dict[str, Any]:
+        return {"prompt_spent": [asdict(token) for token in told]} if told else {}
 
     def _logprobs(self, told: Sequence[Told], before: int) -> dict[str, Any]:
         spell = self._spell

@@ -110,6 +110,7 @@ class Service:
             bits=bits,
             stops=asked.stops,
             top=asked.top or 0,
+            tells_prompt=asked.spent,
         )
 
     def _encoded(self, prompt: Prompt, what: str) -> list[int]:
