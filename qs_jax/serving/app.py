@@ -1,9 +1,11 @@
 """The HTTP face: OpenAI's endpoints, whether the server is there, and the page."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from qs_jax.console import aside
+from qs_jax.engine.compilation import METER
 from qs_jax.errors import QsJaxError
 from qs_jax.generation import not_finite
 from qs_jax.serving import page
@@ -48,7 +51,8 @@ class Faces:
 
     async def health(self, request: Request) -> Response:
         scheduler = self._service.scheduler
-        return JSONResponse({"status": "ok", "running": scheduler.running, "waiting": scheduler.waiting})
+        own = {"programs_compiled": METER.programs, "memory_mb": _memory_mb()}
+        return JSONResponse({"status": "ok", "running": scheduler.running, "waiting": scheduler.waiting, **own})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
@@ -186,6 +190,14 @@ async def read_whole(request: Request, most: int, seconds: float) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {seconds:g} s; send it faster", code="too_slow") from None
     return b"".join(parts)
+
+
+def _memory_mb() -> float | None:
+    """Of this process, where the system tells."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except (OSError, AttributeError):
+        return None
 
 
 async def _gone(receive: Any) -> None:

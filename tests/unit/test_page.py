@@ -39,7 +39,9 @@ def test_the_policy_lets_the_pages_own_code_run_and_no_other() -> None:
         assert f"{element}-src 'sha256-{digest}'" in page.POLICY
     assert "unsafe" not in page.POLICY
     assert page.POLICY.startswith("default-src 'none'")
-    assert not [tag for tag, attributes in FOUND if "style" in attributes or any(n.startswith("on") for n in attributes)]
+    assert not [
+        tag for tag, attributes in FOUND if "style" in attributes or any(n.startswith("on") for n in attributes)
+    ]
 
 
 def test_text_goes_into_the_page_as_text() -> None:

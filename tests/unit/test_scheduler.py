@@ -1,7 +1,9 @@
 """Who is decoded when: the order, the bounds, and that nobody falls with another."""
 
+import math
 import queue
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -35,8 +37,11 @@ class Told:
 
     def __init__(self) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
+        self.ended = math.inf
 
     def __call__(self, event: Event) -> None:
+        if event.piece and event.piece.finish:
+            self.ended = time.monotonic()
         self.events.put(event)
 
     def text(self) -> str:
@@ -72,14 +77,15 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(service: Service) -> N
 def test_kinds_take_turns(service: Service) -> None:
     """A request of another kind does not wait for a long one to end."""
     told = [Told() for _ in range(3)]
-    service.submit(rows(service, tokens=200), told[0])
+    service.submit(rows(service, tokens=400), told[0])
     service.submit(rows(service, "Ho", tokens=8, policy="paper"), told[1])
-    service.scheduler.start()
-    assert told[1].text() == qs_jax.generate(MODEL, "Ho", max_new_tokens=8, policy="paper").texts[0]
-    assert service.scheduler.running == 1
     service.submit(rows(service, "Hey", tokens=8, exact=True), told[2])
-    assert told[2].text() == qs_jax.generate(MODEL, "Hey", max_new_tokens=8).texts[0]
-    assert told[0].text() == qs_jax.generate(MODEL, "Hi", max_new_tokens=200).texts[0]
+    service.scheduler.start()
+    texts = [one.text() for one in told]
+    assert texts[0] == qs_jax.generate(MODEL, "Hi", max_new_tokens=400).texts[0]
+    assert texts[1] == qs_jax.generate(MODEL, "Ho", max_new_tokens=8, policy="paper").texts[0]
+    assert texts[2] == qs_jax.generate(MODEL, "Hey", max_new_tokens=8).texts[0]
+    assert told[1].ended < told[2].ended < told[0].ended
 
 
 def test_a_batch_that_fails_takes_nobody_along(service: Service, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
