@@ -42,9 +42,19 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        unread = _has_body(scope["headers"])
+
+        async def reading() -> Any:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
+
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *_HEADERS]}
+                # who is answered before all of a body was read may go on sending it for ever
+                closing = [(b"connection", b"close")] if unread else []
+                message = {**message, "headers": [*message["headers"], *_HEADERS, *closing]}
             await send(message)
 
         try:
@@ -52,7 +62,7 @@ class Guard:
         except ApiError as error:
             await answer(error, with_headers)
             return
-        await self._app(scope, receive, with_headers)
+        await self._app(scope, reading, with_headers)
 
     def check(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Raises:
@@ -92,6 +102,11 @@ def _name_of(url: str) -> str | None:
     except ValueError:
         return None
     return parts.hostname
+
+
+def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    said = {name.lower(): value for name, value in headers}
+    return b"transfer-encoding" in said or said.get(b"content-length", b"0") != b"0"
 
 
 def _is_wildcard(host: str) -> bool:

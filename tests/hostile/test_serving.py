@@ -51,12 +51,15 @@ def test_bodies_that_are_no_json_objects(server: Running, path: str, body: bytes
 def test_bodies_too_large(server: Running) -> None:
     complaint(server.post({**GOOD, "prompt": "x" * 30_000}), 413)
 
-    def endless() -> Iterator[bytes]:
-        while True:
-            yield b" " * 4096
-
-    with suppress(httpx.WriteError):  # the server has closed before all was sent
-        complaint(httpx.post(f"{server.url}/v1/completions", content=endless()), 413)
+    chunked = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for path, status in ((b"/v1/completions", b"413"), (b"/health", b"405"), (b"/nothing", b"404")):
+        with raw(server, chunked % path) as client:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                for _ in range(20_000):  # it goes on for as long as the server lets it
+                    client.sendall(b"1000\r\n" + b" " * 4096 + b"\r\n")
+                pytest.fail("the server read on after it had answered")
+            with suppress(ConnectionResetError):
+                assert client.recv(9000).split(b" ")[1] == status
 
 
 def test_numbers_and_texts_at_the_edge(server: Running) -> None:
