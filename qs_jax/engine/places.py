@@ -210,6 +210,16 @@ class Places:
             self._held = None
         return row.ledger
 
+    def halve(self) -> None:
+        """Go on with half of the places, at once.
+
+        Raises:
+            ValueError: more rows than that are there, or none.
+        """
+        if self._held is None or self.live > max(1, self._held.size // 2):
+            raise ValueError(f"{self.live} rows of {self.size} cannot go on in half of the places")
+        self._resize(self._held, max(1, self._held.size // 2))
+
     def _gained(self, ticket: int, place: int, chosen: Chosen, spent: Ledger, produced: int, *, over: bool) -> Gain:
         held, row, emitted = self._held, self._rows[ticket], chosen.emitted[:, place]
         assert held is not None
@@ -261,7 +271,7 @@ class Places:
             return
         held.empty_for += 1
         if held.empty_for > _PATIENCE:
-            self._resize(held, max(1, held.size // 2))
+            self.halve()
 
     def _resize(self, held: _Held, size: int) -> None:
         """The live rows, in order, in a batch of another size; the rest of it is free."""

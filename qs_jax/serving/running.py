@@ -9,6 +9,7 @@ import uvicorn
 
 from qs_jax.console import aside
 from qs_jax.engine.places import Places
+from qs_jax.engine.session import Request
 from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
 from qs_jax.request import prepare
@@ -99,19 +100,28 @@ def _url(listening: socket.socket) -> str:
 
 
 def warm_up(service: Service) -> None:
-    """Compile what rows of a short prompt need, dense, greedy and sampled, in batches of every size; the rest when it
-    is first asked for."""
-    model, places = service.model, service.options.places
-    sizes = [size for size in (2**n for n in range(places.bit_length())) if size < places] + [places]
-    aside(f"compiling for {', '.join(map(str, sizes))} rows (--no-warm-up leaves that to the first requests)")
-    tokens = min(4 * service.options.chunk, service.context - 1)
+    """Compile what dense rows of a short prompt need, greedy and sampled, in batches of every size that grow and
+    shrink; the rest when it is first asked for."""
+    most, chunk = service.options.places, service.options.chunk
+    aside(f"compiling for up to {most} rows (--no-warm-up leaves that to the first requests)")
+    tokens = min(chunk * (most.bit_length() + 3), service.context - 1)
     for samples in (False, True):
         asked = GenerationConfig(max_new_tokens=tokens, eos_token_id=(), do_sample=samples, seed=0)
-        like = prepare(model, [[0]], in_force(asked, model.defaults, model.config), chunk_size=service.options.chunk)
-        batch, tickets = Places(model.network, like, most=places), []
-        for size in sizes:
-            tickets += [batch.join(like).ticket for _ in range(size - len(tickets))]
-            if batch.live:
-                batch.step()
-        for ticket in tickets:
-            batch.leave(ticket)
+        settings = in_force(asked, service.model.defaults, service.model.config)
+        _through_all_sizes(service, prepare(service.model, [[0]], settings, chunk_size=chunk))
+
+
+def _through_all_sizes(service: Service, like: Request) -> None:
+    most = service.options.places
+    batch, tickets = Places(service.model.network, like, most=most), []
+    while len(tickets) < most:
+        grown = batch.size
+        tickets.append(batch.join(like).ticket)
+        if batch.size != grown:
+            batch.step()
+    while batch.size > 1:
+        while batch.live > batch.size // 2:
+            batch.leave(tickets.pop())
+        batch.halve()
+    for ticket in tickets:
+        batch.leave(ticket)

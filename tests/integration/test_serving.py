@@ -18,6 +18,7 @@ import qs_jax
 from qs_jax.engine.compilation import METER
 from qs_jax.errors import QsJaxError
 from qs_jax.serving.options import ServeOptions
+from qs_jax.serving.running import warm_up
 from qs_jax.serving.service import Service, served_policies
 from tests.serving import Running, alone, running
 from tests.tiny import quantised, tiny_model
@@ -171,39 +172,33 @@ def test_errors_are_in_openais_shape(client: openai.OpenAI, server: Running) -> 
 
 
 def test_requests_that_arrive_together_are_batched_and_each_is_as_alone(server: Running) -> None:
-    """Greedy and sampled, each with its own temperature, seed and length; then again, where nothing is compiled."""
-
-    def bodies(seed: int) -> list[dict[str, Any]]:
-        random = np.random.default_rng(seed)
-        return [
-            {
-                "prompt": "".join(map(chr, random.integers(65, 122, random.integers(2, 16)).tolist())),
-                "max_tokens": int(random.integers(2, 40)),
-                "temperature": float(random.choice([0, 0.7, 1.5])),
-                "seed": int(random.integers(1000)),
-            }
-            for _ in range(16)
-        ]
-
-    def asked(body: dict[str, Any]) -> str:
-        return server.post(body).json()["choices"][0]["text"]
-
+    """Greedy and sampled, each with its own temperature, seed and length; after the warm-up nothing is compiled."""
+    random = np.random.default_rng(0)
+    bodies = [
+        {
+            "prompt": "".join(map(chr, random.integers(65, 122, random.integers(2, 16)).tolist())),
+            "max_tokens": int(random.integers(2, 40)),
+            "temperature": float(random.choice([0, 0.7, 1.5])),
+            "seed": int(random.integers(1000)),
+        }
+        for _ in range(48)
+    ]
+    warm_up(server.service)
+    before = METER.reading()
     with ThreadPoolExecutor(16) as pool:
-        for seed in range(3):
-            found = list(pool.map(asked, bodies(seed)))
-        for body, text in zip(bodies(2), found, strict=True):
-            sampled = {"do_sample": True, "temperature": body["temperature"]} if body["temperature"] else {}
-            expected = alone(MODEL, body["prompt"], max_new_tokens=body["max_tokens"], seed=body["seed"], **sampled)
-            assert text == expected
-        before = METER.reading()
-        list(pool.map(asked, bodies(3)))
-        assert METER.since(before).programs == 0
+        found = list(pool.map(lambda body: server.post(body).json()["choices"][0]["text"], bodies))
+    assert METER.since(before).programs == 0
+    for body, text in zip(bodies, found, strict=True):
+        sampled = {"do_sample": True, "temperature": body["temperature"]} if body["temperature"] else {}
+        expected = alone(MODEL, body["prompt"], max_new_tokens=body["max_tokens"], seed=body["seed"], **sampled)
+        assert text == expected
 
 
 def test_a_client_that_goes_away_frees_its_place(server: Running) -> None:
     body = {"prompt": "Hi", "max_tokens": 500, "temperature": 0, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         assert server.service.scheduler.running == 1
     server.settle(5)
     with pytest.raises(httpx.ReadTimeout):
