@@ -99,7 +99,8 @@ async def asked(url: str, clients: int, requests: int) -> dict[str, Any]:
     random = np.random.default_rng(0)
     prompts = random.integers(1000, 40_000, (clients * requests, PROMPT)).tolist()
     seen: list[tuple[float, float]] = []
-    limits = httpx.Limits(max_connections=clients)
+    # llama.cpp closes a connection behind a stream without saying so: each request has its own
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
 
         async def ask(number: int) -> None:
