@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from qs_jax.adaptive.ledger import Ledger
@@ -148,18 +149,21 @@ class Scheduler:
     def _drop_those_gone(self) -> None:
         with self._changed:
             self._waiting = deque(row for row in self._waiting if not row.job.gone)
-        for key, rows in list(self._running.items()):
-            for ticket in [ticket for ticket, row in rows.items() if row.job.gone]:
-                self._batches[key].leave(ticket)
-                del rows[ticket]
-                self._live -= 1
-            self._close_if_empty(key)
+        for key in list(self._batches):
+            self._guarded(key, self._drop)
+
+    def _drop(self, key: object) -> None:
+        rows = self._running[key]
+        for ticket in [ticket for ticket, row in rows.items() if row.job.gone]:
+            self._batches[key].leave(ticket)
+            del rows[ticket]
+            self._live -= 1
+        self._close_if_empty(key)
 
     def _admit(self) -> None:
         """Let rows in, first come first served, as long as there are places; a few at a time if others are waiting for
         their next chunk."""
-        fewest = _JOINING if self.running else self._most
-        for _ in range(fewest):
+        for _ in range(_JOINING if self.running else self._most):
             with self._changed:
                 if not self._waiting or self.running >= self._most:
                     return
@@ -177,7 +181,7 @@ class Scheduler:
                 self._close_if_empty(key)
                 continue
             self._running[key][gain.ticket] = row
-            self._tell(key, gain)
+            self._guarded(key, partial(self._tell, gain=gain))
 
     def _batch(self, asked: RowAsked) -> Batch:
         kind = asked.kind

@@ -131,6 +131,21 @@ def test_a_prompt_that_fails_takes_nobody_along(service: Service, monkeypatch: p
     assert capfd.readouterr().err
 
 
+def test_an_answer_that_fails_does_not_end_the_thread(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    bad, told = rows(service), [Told(), Told()]
+    monkeypatch.setattr(bad[0].answer, "take", lambda gain: 1 // 0)
+    service.submit(bad, told[0])
+    service.scheduler.start()
+    with pytest.raises(ApiError):
+        told[0].text()
+    service.submit(rows(service), told[1])
+    assert told[1].text() == qs_jax.generate(MODEL, "Hi", max_new_tokens=8).texts[0]
+    assert service.scheduler.running == 0
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
 def test_who_is_left_when_it_stops_is_told(service: Service) -> None:
     service.scheduler.start()
     first, waits = Told(), Told()
