@@ -10,6 +10,7 @@ asked. Results go to benchmarks/results/serve.json.
 
 import argparse
 import asyncio
+import importlib
 import importlib.util
 import json
 import os
@@ -63,8 +64,7 @@ def ours(dtype: str) -> list[str]:
 
 def be_llama_cpp(file: Path) -> None:
     """Run llama.cpp's server, as its wheel has it, until this process is ended."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     settings, rows = xllamacpp.CommonParams(), max(CLIENTS)
     settings.model.path = str(file)
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))

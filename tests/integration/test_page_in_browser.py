@@ -47,14 +47,14 @@ def test_text_arrives_with_what_it_took(url: str, browser: Any, width: int, sche
     page.goto(url)
     page.locator("h1", has_text="tiny llama").wait_for(timeout=SECONDS)
     page.locator("#chat").uncheck()
-    page.locator("#budget").fill("3")
-    assert page.locator("#which").inner_text().startswith("paper")
+    page.locator("#budget").fill("2")
+    assert page.locator("#which").inner_text().startswith("balanced")
     page.locator("summary").press("Enter")
     page.locator("#tokens").fill("9")
     page.locator("#prompt").fill("<b>Once</b>")
     page.locator("#prompt").press("Control+Enter")
     page.locator("#note", has_text="Done").wait_for(timeout=SECONDS)
-    text = alone(MODEL, "<b>Once</b>", max_new_tokens=9, policy="paper")
+    text = alone(MODEL, "<b>Once</b>", max_new_tokens=9, policy="balanced")
     assert page.locator("#output").text_content() == "<b>Once</b>" + text
     assert page.locator("#made").inner_text() == "9"
     assert "%" in page.locator("#flops").inner_text()

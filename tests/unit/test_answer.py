@@ -20,7 +20,7 @@ def gain(tokens: Sequence[int], *, logprob: float = -1.0, drafted: bool = False)
     chosen = Chosen(
         tokens=np.asarray(tokens, np.int32),  # pyright: ignore[reportArgumentType]
         logprobs=np.full(count, logprob, np.float32),  # pyright: ignore[reportArgumentType]
-        emitted=ones > 0,
+        emitted=ones > 0,  # pyright: ignore[reportArgumentType]
         layers_run=2 * ones,  # pyright: ignore[reportArgumentType]
         bits_read=8 * ones,  # pyright: ignore[reportArgumentType]
         signal=np.zeros(count, np.float32),  # pyright: ignore[reportArgumentType]

@@ -197,8 +197,8 @@ def test_logits_are_handed_out_where_they_are_kept() -> None:
 def test_exact_mode_runs_alone(end: str) -> None:
     model, prompt = tiny_model("llama"), [5, 6, 7] * 5
     plain = qs_jax.generate(model, prompt, max_new_tokens=40).tokens[0]
-    ends = {"eos_token_id": plain[20]} if end == "eos" else {}
-    expected = qs_jax.generate(model, prompt, max_new_tokens=40, **ends)
+    ends: dict[str, Any] = {"eos_token_id": plain[20]} if end == "eos" else {}
+    expected = qs_jax.generate(model, prompt, None, max_new_tokens=40, **ends)
     batch = Alone(model.network)
     one = request(model, Asked(prompt, {"max_new_tokens": 40, "exact": True, "draft": "lookup", **ends}))
     assert (batch.live, batch.free) == (0, 1)
