@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qs_jax import cli_study
+from qs_jax import cli_serve, cli_study
 from qs_jax.cli_options import (
     Bits,
     Commands,
@@ -168,6 +168,7 @@ app.command("eval", epilog=cli_study.EVAL_EXAMPLES)(cli_study.evaluate)
 app.command("calibrate", epilog=cli_study.CALIBRATE_EXAMPLES)(cli_study.calibrate)
 app.command("lens", epilog=cli_study.LENS_EXAMPLES)(cli_study.lens)
 app.command("report", epilog=cli_study.REPORT_EXAMPLES)(cli_study.report)
+app.command("serve", epilog=cli_serve.SERVE_EXAMPLES)(cli_serve.serve)
 
 
 def _stdin() -> str:

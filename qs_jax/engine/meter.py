@@ -71,3 +71,21 @@ class Meter:
         slots = depth * tokens if self._policy.kv_rule.keeps_slots else layers
         bits = int(chosen.bits_read[emitted].sum())
         self.ledger.add_tokens(prompt=False, layers=layers, bits=bits, tokens=tokens, slots=slots)
+
+
+def share(whole: Ledger, chosen: Chosen, part: float) -> Ledger:
+    """Of what a batch spent on a chunk, what falls to a row that produced `part` of its tokens.
+
+    Args:
+        whole: the chunk's own ledger.
+        chosen: of this row alone, (steps,), only what it emitted.
+        part: between 0 and 1.
+    """
+    own = Ledger(whole.costs, whole.policy, whole.bits)
+    for mine, all_rows in ((own.run, whole.run), (own.twin, whole.twin)):
+        mine.flops, mine.weight_bytes = round(part * all_rows.flops), round(part * all_rows.weight_bytes)
+    own.probe_flops = round(part * whole.probe_flops)
+    layers, tokens, depth = int(chosen.layers_run.sum()), len(chosen.tokens), whole.policy.num_layers
+    slots = depth * tokens if whole.policy.kv_rule.keeps_slots else layers
+    own.add_tokens(prompt=False, layers=layers, bits=int(chosen.bits_read.sum()), tokens=tokens, slots=slots)
+    return own

@@ -1,6 +1,6 @@
 """From logits to the next token: Hugging Face's logits processors, in its order, as traced arithmetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -24,7 +24,8 @@ class Sampling:
 
     Each number is one for all rows or one per row. Neutral: temperature 1, top_k 0, top_p 1, min_p 0,
     repetition_penalty 1. What the compiled step contains is static: greedy decoding (`do_sample` false) holds no
-    sampling code, and without `penalise` there is no table of seen tokens.
+    sampling code, and without `penalise` there is no table of seen tokens. `greedy` marks, where some rows sample,
+    those that do not; None if there are none.
     """
 
     temperature: Scalar
@@ -34,6 +35,7 @@ class Sampling:
     repetition_penalty: Scalar
     do_sample: bool = field(default=False, metadata=STATIC)
     penalise: bool = field(default=False, metadata=STATIC)
+    greedy: Bool[Array | np.ndarray, " batch"] | None = None
 
     @classmethod
     def of(
@@ -56,6 +58,21 @@ class Sampling:
             do_sample=do_sample,
             penalise=repetition_penalty != 1.0,
         )
+
+    @classmethod
+    def of_rows(cls, rows: Sequence["Sampling"]) -> "Sampling":
+        """Each row by its own numbers. As long as no row samples or is penalised it is the program of plain greedy
+        decoding; as soon as one does, one program whatever the others ask for."""
+        samples = any(row.do_sample for row in rows)
+        penalises = any(row.penalise for row in rows)
+        numbers = {
+            name: np.stack([np.asarray(getattr(row, name)) for row in rows])
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        }
+        if not samples and not penalises:
+            return cls.of()
+        greedy = np.asarray([not row.do_sample for row in rows]) if samples else None
+        return cls(**numbers, do_sample=samples, penalise=penalises, greedy=greedy)
 
 
 def process_logits(
@@ -95,6 +112,8 @@ def next_tokens(
     if not sampling.penalise:
         seen = jnp.zeros(logits.shape, bool)
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(noise)
+    if sampling.greedy is not None:
+        gumbel = jnp.where(sampling.greedy[:, None], 0.0, gumbel)
     return most_likely(process_logits(logits, seen, sampling) + gumbel)
 
 

@@ -220,7 +220,7 @@ class Session:
                 seen[row, list(request.prompts[prompt])] = True
         logits, cache = prefilled.logits, prefilled.cache
         if request.copies > 1:
-            logits, cache = _take_rows((logits, cache), np.asarray(rows))
+            logits, cache = take_rows((logits, cache), np.asarray(rows))
         forced = [tokens[0] for tokens in request.forced] if request.forced else [-1] * len(rows)
         state, chosen = begin(
             logits,
@@ -253,7 +253,7 @@ class Session:
             return state
         kept = np.argsort(batch.done, kind="stable")[:size]
         batch.rows, batch.done = batch.rows[kept], batch.done[kept]
-        return _take_rows(state, kept)
+        return take_rows(state, kept)
 
     def _make_room(self, state: DecodeState, batch: _Batch, left: int) -> DecodeState:
         """Grow each layer that the next chunk, of `left` steps, could overflow; the host checked that the model's limit
@@ -291,5 +291,5 @@ class Session:
 
 
 @jax.jit
-def _take_rows(tree: Tree, rows: Int[Array, " kept"]) -> Tree:
+def take_rows(tree: Tree, rows: Int[Array, " kept"]) -> Tree:
     return laid_out(jax.tree.map(lambda leaf: leaf[rows], tree), like=tree)

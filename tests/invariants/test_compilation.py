@@ -11,7 +11,11 @@ import pytest
 import qs_jax
 from qs_jax.adaptive.policy import Fusion, Halting, Policy, Precision
 from qs_jax.engine.compilation import METER
+from qs_jax.engine.places import Places
+from qs_jax.generation_config import GenerationConfig
 from qs_jax.model import Model
+from qs_jax.request import prepare
+from qs_jax.settings import in_force
 from tests.recording import Call, jitted_programs, recorded
 from tests.tiny import PROMPTS, SAMPLING, quantised, tiny_model
 
@@ -60,7 +64,20 @@ def exact(model: Model) -> None:
     qs_jax.generate(quantised(model), PROMPTS[1], max_new_tokens=10, exact=True, draft=["bits:2", "bits:4"], **SAMPLING)
 
 
-SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive, "exact": exact}
+def served(model: Model) -> None:
+    """Rows that join a batch, one of which samples and one of which leaves it."""
+    rows = [
+        prepare(model, [[1, 2, 3]], in_force(config, model.defaults, model.config), chunk_size=4)
+        for config in (GenerationConfig(max_new_tokens=20), GenerationConfig(max_new_tokens=20, do_sample=True, seed=1))
+    ]
+    batch = Places(model.network, rows[0], most=2)
+    tickets = [batch.join(row).ticket for row in rows]
+    batch.step()
+    batch.leave(tickets[0])
+    batch.halve()
+
+
+SCENARIOS = {"dense": dense, "sampled": sampled, "adaptive": adaptive, "exact": exact, "served": served}
 
 
 def each_scenario(slow: tuple[str, ...]) -> list[Any]:
@@ -86,7 +103,7 @@ def _signature(call: Call) -> tuple[Any, ...]:
 
 
 # gpt2's adaptive programs are lowered in test_programs.py too
-@pytest.mark.parametrize(("name", "scenario"), each_scenario(slow=("gpt2 adaptive", "gpt2 exact")))
+@pytest.mark.parametrize(("name", "scenario"), each_scenario(slow=("gpt2 adaptive", "gpt2 exact", "gpt2 served")))
 @pytest.mark.parametrize(
     "platform", [pytest.param(name, marks=[pytest.mark.slow] if name == "cuda" else []) for name in PLATFORMS]
 )

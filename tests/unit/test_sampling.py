@@ -102,3 +102,24 @@ def test_greedy_takes_the_first_of_the_greatest_after_the_penalty() -> None:
     noise = jax.random.split(jax.random.key(0), 2)
     assert next_tokens(logits, seen[:, :0], noise, Sampling.of()).tolist() == [1, 1]
     assert next_tokens(logits, seen, noise, Sampling.of(repetition_penalty=2.0)).tolist() == [2, 3]
+
+
+def test_rows_of_their_own_settings_are_each_as_alone() -> None:
+    """Greedy ones among those that sample, too; and where none samples it is the program of plain greedy decoding."""
+    rows = [
+        Sampling.of(),
+        Sampling.of(do_sample=True, temperature=0.7, top_k=5),
+        Sampling.of(do_sample=True, temperature=2.0, top_p=0.8),
+        Sampling.of(),
+    ]
+    logits, keys = normal(len(rows), VOCAB).at[0].set(1.0), jax.random.split(jax.random.key(3), len(rows))
+    seen = jnp.zeros((len(rows), 0), bool)
+    together = next_tokens(logits, seen, keys, Sampling.of_rows(rows))
+    for row, sampling in enumerate(rows):
+        one = slice(row, row + 1)
+        assert together[row] == next_tokens(logits[one], seen[one], keys[one], sampling)[0]
+    assert together[0] == 0  # of equals the first, whatever the noise
+    greedy = Sampling.of_rows([Sampling.of(), Sampling.of()])
+    assert (greedy.do_sample, greedy.penalise, greedy.greedy) == (False, False, None)
+    penalised = Sampling.of_rows([Sampling.of(repetition_penalty=1.5), Sampling.of()])
+    assert penalised.repetition_penalty.tolist() == [1.5, 1.0]
