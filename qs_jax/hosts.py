@@ -7,8 +7,6 @@ import sys
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
 from qs_jax.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
@@ -65,6 +63,7 @@ def agreed(value: Number) -> Number:
 
     if jax.process_count() == 1:
         return value
+    import numpy as np
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     told = broadcast_one_to_all(np.asarray(value, np.int32 if isinstance(value, int) else np.float32))
