@@ -25,6 +25,12 @@ from tests.folders import write_folder
 write_folder(Path("model-of-yours"), "llama", tokenizer=True, bos_token_id=95)
 """
 TEXTS = ("some.txt", "train.txt", "test.txt")
+ELSEWHERE = ("qs-lm-eval", "--distributed")
+"""What needs more than the package alone: its extra, or several hosts; tests/parity/ and tests/integration/ run it."""
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+"""So that README's meshes have something to be of."""
+
 WORDS = (
     "the old man walked to the sea and told his dog a story of a small boat that came home late at night".split()  # noqa: SIM905
 )
@@ -52,7 +58,7 @@ def commands() -> Iterator[str]:
     """README's commands of the installed package, and its Python example, with the tiny model in the place of yours."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("path/to/model", "model-of-yours")
     for line in text.splitlines():
-        if line.startswith("    qs-"):
+        if line.startswith("    qs-") and not any(part in line for part in ELSEWHERE):
             yield line.split("  #")[0].strip()
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         yield f"python - <<'END'\n{block}END"
@@ -70,7 +76,8 @@ def run(venv: Path, work: Path, every: Sequence[str]) -> int:
     failed = 0
     for command in every:
         print(f"$ {command}", flush=True)
-        done = subprocess.run(["bash", "-c", command], cwd=work, env=environment, stdin=subprocess.DEVNULL)
+        env = {**environment, "XLA_FLAGS": DEVICES} if "--mesh" in command else environment
+        done = subprocess.run(["bash", "-c", command], cwd=work, env=env, stdin=subprocess.DEVNULL)
         failed += done.returncode != 0
     return failed
 
