@@ -1,7 +1,5 @@
 """Which jitted programs a piece of work runs, and with what: seen from outside, whatever the engine's inside."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import pytest
 from jax.core import Tracer
 
 import qs_jax
+from tests.modules import modules_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Call:
 def jitted_programs() -> dict[str, tuple[Any, list[tuple[Any, str]]]]:
     """Every jitted function of the package by its name at home, and the (module, attribute) pairs it goes by."""
     found: dict[int, tuple[Any, list[tuple[Any, str]]]] = {}
-    for info in pkgutil.walk_packages(qs_jax.__path__, "qs_jax."):
-        module = importlib.import_module(info.name)
+    for module in modules_of(qs_jax):
         for attribute, value in vars(module).items():
             if isinstance(value, jax.stages.Wrapped):
                 found.setdefault(id(value), (value, []))[1].append((module, attribute))

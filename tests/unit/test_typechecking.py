@@ -1,6 +1,5 @@
 """The checker that the tests put around all of the package: it sees wrong types and shapes, on every floor."""
 
-import importlib
 import pkgutil
 from collections.abc import Callable
 from inspect import iscoroutinefunction, isfunction
@@ -19,6 +18,7 @@ from qs_jax.errors import GenerationError
 from qs_jax.evaluation.statistics import perplexity
 from qs_jax.lens import Lens
 from qs_jax.models.rope import inverse_frequencies
+from tests.modules import modules_of
 from tests.tiny import tiny_model
 from tests.typechecking import REFUSING
 
@@ -63,9 +63,9 @@ def test_no_module_escapes_it() -> None:
     """Every function with annotations carries jaxtyping's wrapper, but coroutines, which it leaves alone."""
     loose = []
     for package in (qs_jax, convert):
-        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            module = importlib.import_module(info.name)
-            own = [v for v in vars(module).values() if callable(v) and getattr(v, "__module__", "") == info.name]
+        for module in modules_of(package):
+            name = module.__name__
+            own = [v for v in vars(module).values() if callable(v) and getattr(v, "__module__", "") == name]
             functions = [f for f in own if isfunction(f) and f.__annotations__ and not iscoroutinefunction(f)]
-            loose += [f"{info.name}.{f.__name__}" for f in functions if not hasattr(f, "__wrapped__")]
+            loose += [f"{name}.{f.__name__}" for f in functions if not hasattr(f, "__wrapped__")]
     assert loose == []
