@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path.name for path in (ROOT / "tests" / "mesh").glob("test_*.py"))
+LONG = "test_generation.py"
+FILES = sorted(path.name for path in (ROOT / "tests" / "mesh").glob("test_*.py") if path.name != LONG)
 
 
 def run_there(file: str, chosen: str) -> None:
@@ -26,5 +27,6 @@ def test_on_eight_devices(file: str) -> None:
 
 
 @pytest.mark.slow
-def test_on_eight_devices_what_takes_longer() -> None:
-    run_there("test_generation.py", "slow")
+@pytest.mark.parametrize("chosen", ["not slow", "slow"])
+def test_what_takes_longer(chosen: str) -> None:
+    run_there(LONG, chosen)
