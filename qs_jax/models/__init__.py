@@ -115,7 +115,8 @@ def network_from_arrays(config: ModelConfig, arrays: Mapping[str, Any], *, dtype
 
 
 def placed(network: CausalLM, layout: Layout) -> CausalLM:
-    """The network with every weight where the layout wants it; arrays that lie there already stay.
+    """A network of the same weights, each where the layout wants it; arrays that lie there already stay. The given one
+    stays as it is.
 
     Every process has the weights that move.
     """
@@ -125,13 +126,12 @@ def placed(network: CausalLM, layout: Layout) -> CausalLM:
             return array
         return jax.make_array_from_callback(array.shape, place, lambda index: np.asarray(array[index]))
 
-    copy: CausalLM = nnx.merge(*nnx.split(network))
-    state = nnx.state(copy, nnx.Param)
-    places = layout.weights(arrays_by_path(copy))
+    graph, state = nnx.split(network)
+    state = jax.tree.map(lambda leaf: leaf, state)  # variables of its own: those of a split are the network's
+    places = layout.weights(arrays_by_path(network))
     for path, param in nnx.to_flat_state(state):
         param.set_value(jax.tree.map(move, param.get_value(), places[".".join(map(str, path))]))
-    nnx.update(copy, state)
-    return copy
+    return nnx.merge(graph, state)
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from qs_jax.generation import GenerateOutput
 from qs_jax.kernels import TwofoldKernel
 from qs_jax.model import Model
 from qs_jax.models import arrays_by_path, network_from_arrays, parse_config, placed, random_network
-from qs_jax.sharding import Layout, make_mesh
+from qs_jax.sharding import Layout, make_mesh, mesh_of
 from tests.tiny import CONFIGS
 
 MESHES = ("model=8", "data=2,model=4", "data=8")
@@ -55,10 +55,13 @@ def coded(model: Model, *, keep_dense: bool = False) -> Model:
 
 
 def divided(model: Model, mesh: str) -> Model:
-    """The model on a mesh."""
+    """The model on a mesh; the given one stays on one device, or it would be compared with itself."""
     devices = make_mesh(mesh)
     assert devices is not None
-    return replace(model, network=placed(model.network, Layout(devices, model.config)))
+    there = replace(model, network=placed(model.network, Layout(devices, model.config)))
+    assert mesh_of(there.network) is not None
+    assert mesh_of(model.network) is None
+    return there
 
 
 def assert_same(one: GenerateOutput, other: GenerateOutput) -> None:
