@@ -20,7 +20,8 @@ _NEAREST = 64
 """How far before its readers a token stands at least: those that rest are not a prompt's last."""
 
 _FLOOR = 1e-4
-"""Of the mean eigenvalue: directions that nobody reads count a little, or the fit would be free there."""
+"""Of the mean eigenvalue: directions that nobody reads count a little, or the fit would be free there; and its square
+of that of all heads, of some of which nothing may be read at all."""
 
 _SOME = 4
 """Batches of windows that the means are taken over: forms of a head's size are known long before maps are."""
@@ -56,7 +57,8 @@ def units(block: Block, states: Hidden) -> Units:
     found = [_forms(block, batch, jnp.int32(seed)) for seed, batch in zip(range(_SOME), batches(states), strict=False)]
     forms = np.mean([np.asarray(part, np.float64) for part in found], axis=0)
     values, vectors = np.linalg.eigh(forms)
-    values = np.maximum(values, _FLOOR * values.mean(axis=-1, keepdims=True) + np.finfo(np.float64).tiny)
+    least = _FLOOR * values.mean(axis=-1, keepdims=True), _FLOOR**2 * values.mean() or 1.0
+    values = np.maximum(values, np.maximum(*least))
     root = np.sqrt(values)[:, None, :]
     back = np.swapaxes(vectors, 1, 2)
     return Units(((vectors * root) @ back).astype(np.float32), ((vectors / root) @ back).astype(np.float32))
