@@ -114,53 +114,31 @@ def append(
     """
     slots = layer.lengths[:, None] + jnp.cumsum(writes, axis=1, dtype=jnp.int32) - 1
     slots = jnp.where(writes, slots, layer.capacity)
-    if mesh_of(layer.keys) is not None:
-        return _appended_by_rows(layer, k, v, positions, writes, slots, bias)
-    rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+    write, write_heads = _OF_ROWS if mesh_of(layer.keys) is not None else (_with_tokens, _with_slots)
     added = writes.sum(axis=1, dtype=jnp.int32)
     if layer.bias is not None and bias is not None:
-        layer = replace(layer, bias=layer.bias.at[rows, slots].set(bias, mode="drop"))
-    return replace(
-        layer,
-        keys=_with_slots(layer.keys, rows, slots, k),
-        values=_with_slots(layer.values, rows, slots, v),
-        positions=layer.positions.at[rows, slots].set(positions, mode="drop"),
-        lengths=jnp.minimum(layer.lengths + added, layer.capacity),
-    )
-
-
-def _appended_by_rows(
-    layer: LayerCache,
-    k: Float[Array, "batch tokens kv_heads head_dim"],
-    v: Float[Array, "batch tokens kv_heads head_dim"],
-    positions: Int[Array, "batch tokens"],
-    writes: Bool[Array, "batch tokens"],
-    slots: Int[Array, "batch tokens"],
-    bias: Float[Array, "batch tokens"] | None,
-) -> LayerCache:
-    """The same on a mesh: as a function of one row, so that the partitioner sees that rows stay where they are."""
-
-    def of_tokens(old: Array, slots: Array, new: Array) -> Array:
-        return old.at[slots].set(new.astype(old.dtype), mode="drop")
-
-    def of_heads(old: Array, slots: Array, new: Array) -> Array:
-        return old.at[:, slots].set(new.swapaxes(0, 1).astype(old.dtype), mode="drop")
-
-    write, write_heads = jax.vmap(of_tokens), jax.vmap(of_heads)
-    added = replace(
+        layer = replace(layer, bias=write(layer.bias, slots, bias))
+    layer = replace(
         layer,
         keys=write_heads(layer.keys, slots, k),
         values=write_heads(layer.values, slots, v),
         positions=write(layer.positions, slots, positions),
-        lengths=jnp.minimum(layer.lengths + writes.sum(axis=1, dtype=jnp.int32), layer.capacity),
-        bias=layer.bias if layer.bias is None or bias is None else write(layer.bias, slots, bias),
+        lengths=jnp.minimum(layer.lengths + added, layer.capacity),
     )
-    return laid_out(added, like=layer.keys)
+    return laid_out(layer, like=layer.keys)
+
+
+def _rows_of(slots: Int[Array, "batch tokens"]) -> Int[Array, "batch 1"]:
+    return jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+
+
+def _with_tokens(old: Array, slots: Int[Array, "batch tokens"], new: Array) -> Array:
+    """What is one number per token."""
+    return old.at[_rows_of(slots), slots].set(new, mode="drop")
 
 
 def _with_slots(
     slotted: Float[Array, "batch kv_heads capacity head_dim"],
-    rows: Int[Array, "batch 1"],
     slots: Int[Array, "batch tokens"],
     new: Float[Array, "batch tokens kv_heads head_dim"],
 ) -> Float[Array, "batch kv_heads capacity head_dim"]:
@@ -171,9 +149,9 @@ def _with_slots(
     """
     new, dtype = new.astype(slotted.dtype), slotted.dtype
     if dtype.itemsize != 2:
-        return _scattered(slotted, new, rows, slots)
+        return _scattered(slotted, new, slots)
     old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (slotted, new))
-    write = partial(_scattered, rows=rows, slots=slots)
+    write = partial(_scattered, slots=slots)
     if new.shape[1] == 1:
         bits = jax.lax.platform_dependent(old_bits, new_bits, cpu=partial(_chosen, slots=slots), default=write)
     else:
@@ -181,13 +159,25 @@ def _with_slots(
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def _scattered(slotted: Array, new: Array, rows: Array, slots: Array) -> Array:
-    return slotted.at[rows, :, slots].set(new, mode="drop")
+def _scattered(slotted: Array, new: Array, slots: Array) -> Array:
+    return slotted.at[_rows_of(slots), :, slots].set(new, mode="drop")
 
 
 def _chosen(slotted: Array, new: Array, slots: Array) -> Array:
     here = jnp.arange(slotted.shape[2], dtype=jnp.int32) == slots
     return jnp.where(here[:, None, :, None], new.swapaxes(1, 2), slotted)
+
+
+def _with_tokens_of_row(old: Array, slots: Int[Array, " tokens"], new: Array) -> Array:
+    return old.at[slots].set(new.astype(old.dtype), mode="drop")
+
+
+def _with_slots_of_row(old: Array, slots: Int[Array, " tokens"], new: Array) -> Array:
+    return old.at[:, slots].set(new.swapaxes(0, 1).astype(old.dtype), mode="drop")
+
+
+_OF_ROWS = jax.vmap(_with_tokens_of_row), jax.vmap(_with_slots_of_row)
+"""On a mesh: functions of one row, so that the partitioner sees that rows stay where they are."""
 
 
 def grow(cache: Cache, capacities: Sequence[int]) -> Cache:

@@ -26,11 +26,11 @@ from jaxtyping import Array, Bool, Int
 from qs_jax.adaptive.costs import Costs
 from qs_jax.adaptive.ledger import Ledger
 from qs_jax.cache import bucket
-from qs_jax.engine.decode import Chosen, Controls, DecodeState, begin, decode_chunk
+from qs_jax.engine.decode import Chosen, Controls, DecodeState, decode_chunk
 from qs_jax.engine.meter import Meter, share
 from qs_jax.engine.prefill import FIRST_CAPACITY, PromptTrace, grow_jit, prefill
 from qs_jax.engine.sampling import Sampling
-from qs_jax.engine.session import Request, Session, take_rows
+from qs_jax.engine.session import Request, Session, first_step, take_rows
 from qs_jax.models.base import CausalLM
 from qs_jax.token_set import token_set
 
@@ -152,22 +152,12 @@ class Places:
         prefilled = prefill(self.model, request.prompts, like.policy, new_tokens=room, chunk=request.chunk_size)
         meter = self._meter(prefilled.cache[0].capacity)
         meter.prefill(prefilled, rows=1)
-        penalises = like.sampling.penalise
-        seen = np.zeros((1, self.model.config.vocab_size if penalises else 0), bool)
-        seen[0, list(prompt) if penalises else []] = True
-        state, chosen = begin(
-            prefilled.logits,
-            np.asarray([len(prompt)], np.int32),
-            np.asarray([request.max_new_tokens], np.int32),
-            np.asarray(np.asarray(request.seeds, np.int64) % 2**31, np.int32),
-            seen,
-            np.full(1, -1, np.int32),
-            self._controls([request.sampling]),
-        )
+        controls = self._controls([request.sampling])
+        state, chosen = first_step(request, prefilled, controls, self.model.config.vocab_size)
         chosen, done = jax.device_get((chosen, state.done))
         over, ticket = bool(done[0]), self._given
         self._given += 1
-        place = None if over else self._seat(replace(state, cache=prefilled.cache), ticket)
+        place = None if over else self._seat(state, ticket)
         self._rows[ticket] = _Row(
             request.sampling, meter.ledger, place, slots=len(prompt), remaining=request.max_new_tokens - 1
         )

@@ -211,27 +211,7 @@ class Session:
         )
         self.prefilled = prefilled
         self._meter.prefill(prefilled, rows=request.rows)
-        rows = [index for index in range(len(request.prompts)) for _ in range(request.copies)]
-        lengths = np.asarray([len(request.prompts[row]) for row in rows], np.int32)
-        penalises = request.sampling.penalise
-        seen = np.zeros((len(rows), self.model.config.vocab_size if penalises else 0), bool)
-        if penalises:
-            for row, prompt in enumerate(rows):
-                seen[row, list(request.prompts[prompt])] = True
-        logits, cache = prefilled.logits, prefilled.cache
-        if request.copies > 1:
-            logits, cache = take_rows((logits, cache), np.asarray(rows))
-        forced = [tokens[0] for tokens in request.forced] if request.forced else [-1] * len(rows)
-        state, chosen = begin(
-            logits,
-            lengths,
-            np.full(len(rows), request.max_new_tokens, np.int32),
-            np.asarray(np.asarray(request.seeds, np.int64) % 2**31, np.int32),
-            seen,
-            np.asarray(forced, np.int32),
-            self._controls,
-        )
-        return prefilled, replace(state, cache=cache), chosen
+        return prefilled, *first_step(request, prefilled, self._controls, self.model.config.vocab_size)
 
     def _apply_finished(self, state: DecodeState, batch: _Batch) -> DecodeState:
         finished = np.isin(batch.rows, list(self._finished))
@@ -293,3 +273,30 @@ class Session:
 @jax.jit
 def take_rows(tree: Tree, rows: Int[Array, " kept"]) -> Tree:
     return laid_out(jax.tree.map(lambda leaf: leaf[rows], tree), like=tree)
+
+
+def first_step(
+    request: Request, prefilled: Prefilled, controls: Controls, vocabulary: int
+) -> tuple[DecodeState, Chosen]:
+    """The state of a request's rows after their prompts, their caches in it, and the first token of each."""
+    rows = [index for index in range(len(request.prompts)) for _ in range(request.copies)]
+    lengths = np.asarray([len(request.prompts[row]) for row in rows], np.int32)
+    penalises = request.sampling.penalise
+    seen = np.zeros((len(rows), vocabulary if penalises else 0), bool)
+    if penalises:
+        for row, prompt in enumerate(rows):
+            seen[row, list(request.prompts[prompt])] = True
+    logits, cache = prefilled.logits, prefilled.cache
+    if request.copies > 1:
+        logits, cache = take_rows((logits, cache), np.asarray(rows))
+    forced = [tokens[0] for tokens in request.forced] if request.forced else [-1] * len(rows)
+    state, chosen = begin(
+        logits,
+        lengths,
+        np.full(len(rows), request.max_new_tokens, np.int32),
+        np.asarray(np.asarray(request.seeds, np.int64) % 2**31, np.int32),
+        seen,
+        np.asarray(forced, np.int32),
+        controls,
+    )
+    return replace(state, cache=cache), chosen

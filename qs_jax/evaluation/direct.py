@@ -129,7 +129,8 @@ def fit_direct(
         raise EvaluationError("the text is too short to fit a lens on; give more of it")
     look_back = {stop: states_of(stop) for stop in stops}
     seen, moments, measures = _look(model, windows, look_back, last, advance)
-    fits = [_best(moments[stop], inputs, measures[stop:], rank) for stop, inputs in look_back.items()]
+    behind = {stop: [measures[layer] for layer in range(stop, depth)] for stop in stops}
+    fits = [_best(moments[stop], inputs, behind[stop], rank) for stop, inputs in look_back.items()]
     return fits, seen
 
 
@@ -187,9 +188,9 @@ def _look(
     look_back: Mapping[int, tuple[int, ...]],
     last: int,
     advance: Advance,
-) -> tuple[Seen, dict[int, _Parts], list[Units]]:
+) -> tuple[Seen, dict[int, _Parts], dict[int, Units]]:
     """Run the windows layer by layer: by stop, the moments of normalised states after so many layers with the keys and
-    values of all layers behind it, each in its layer's units; and these."""
+    values of all layers behind it, each in its layer's units; and these, by layer."""
     config, counted = model.config, counted_tokens(model, windows)
     features = 2 * config.num_key_value_heads * config.head_dim
     held_out = [is_held_out(row, len(windows)) for row in range(len(windows))]
@@ -197,7 +198,7 @@ def _look(
     states, kept = embedded(model.network, tokens), dict[int, Hidden]()
     x: dict[int, list[Rows]] = {}
     moments: dict[int, _Parts] = {}
-    measures: list[Units] = []
+    measures: dict[int, Units] = {}
     for number, block in enumerate(model.network.blocks):
         if number in wanted:
             kept[number] = states
@@ -208,8 +209,9 @@ def _look(
             moments[number] = _Moments(*size), _Moments(*size)
             for row, rows in enumerate(x[number]):
                 moments[number][held_out[row]].see(rows)
-        measures.append(units(block, states))
-        for row, y in enumerate(_outputs(block, states, counted, measures[-1]) if x else ()):
+        if x:
+            measures[number] = units(block, states)
+        for row, y in enumerate(_outputs(block, states, counted, measures[number]) if x else ()):
             for stop, inputs in x.items():
                 at = slice((number - stop) * features, (number - stop + 1) * features)
                 moments[stop][held_out[row]].see_outputs(inputs[row], y, at)
