@@ -132,7 +132,7 @@ def _eight_prompts() -> Iterator[Goal]:
     for dtype in ("float32", "bfloat16"):
         rows = [row for name, row in found.items() if name.startswith(f"smollm2 {dtype}, ")]
         measured = {row["cpu"]: row["prompts"]["8"] / row["prompts"]["1"] for row in rows}
-        yield Goal(f"512 tokens of 8 rows over one row's, {dtype}", 8, "×", measured)
+        yield Goal(f"512 tokens of 8 rows over one row's, {dtype}", 8, "×", measured, "*Prompts of eight rows*")
 
 
 def _codes() -> Iterator[Goal]:
