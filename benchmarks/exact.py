@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from benchmarks import real_model
 from benchmarks.exact_prompts import SETS, TEXTS
@@ -47,7 +48,8 @@ from benchmarks.quality import WIKITEXT_TRAIN, documents_of
 from benchmarks.quality_report import METHOD, README, fill
 from benchmarks.shapes import model_named, with_codes
 from qs_jax.console import aside
-from qs_jax.generation import generate
+from qs_jax.engine.sampling import Sampling, process_logits
+from qs_jax.generation import GenerateOutput, generate
 from qs_jax.model import Model
 from qs_jax.models.base import forward
 
@@ -70,14 +72,36 @@ def ids_of(model: Model, text: str, *, said: bool) -> list[int]:
     return model.tokenizer.encode(text)
 
 
-def gap(model: Model, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """Between the logits of the first two tokens that differ, by the plain forward pass."""
+def gap(
+    model: Model,
+    prompt: Sequence[int],
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    scored: Callable[[Array, int], Array] = lambda logits, place: logits,
+) -> float:
+    """Between the logits of the first two tokens that differ, by the plain forward pass; or what is made of them by
+    `scored`, which is told the place of the token that they follow."""
     at = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     text = [*prompt, *ours[:at]]
     padded = np.zeros((1, -(-len(text) // 256) * 256), np.int32)
     padded[0, : len(text)] = text
     logits = jax.jit(forward)(model.network, jnp.asarray(padded))[0, len(text) - 1]
-    return abs(float(logits[ours[at]] - logits[theirs[at]]))
+    scores = scored(logits, len(text) - 1)
+    return abs(float(scores[ours[at]] - scores[theirs[at]]))
+
+
+def drawn(output: GenerateOutput, row: int) -> Callable[[Array, int], Array]:
+    """What a row's token was the greatest of: its logits by the request's settings, with its own noise added."""
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = Sampling.of(**{name: output.settings[name] for name in names})
+    key = jax.random.fold_in(jax.random.key(output.seeds[row]), 0)
+
+    def scored(logits: Array, place: int) -> Array:
+        seen = jnp.zeros((1, logits.size), bool)
+        noise = jax.random.gumbel(jax.random.fold_in(key, place), logits.shape, jnp.float32)
+        return process_logits(logits[None], seen, sampling)[0] + noise
+
+    return scored
 
 
 class Ran(NamedTuple):
@@ -218,21 +242,22 @@ def same(model: Model, count: int, **sampling: Any) -> Iterator[dict[str, Any]]:
     """How many of `count` continuations of passages, eight at a time, are those of plain decoding, token for token:
     after every eight what holds so far.
 
-    Greedy ones that are not come with the gap between the two logits; where noise was drawn, that says nothing.
+    Those that are not come with the gap between the two logits, or where tokens were drawn between what was compared:
+    these by the settings, with the noise.
     """
     assert model.tokenizer is not None
     passages = documents_of(((WIKITEXT_TRAIN, ":"),))[:count]
     prompts = [model.tokenizer.encode(passage)[:PASSAGE] for passage in passages]
-    gaps: list[float | None] = []
+    gaps: list[float] = []
     for first in range(0, count, _BATCH):
         part = prompts[first : first + _BATCH]
         asked = {"max_new_tokens": TOKENS, "seed": list(range(first, first + len(part))), **sampling}
         plain = generate(model, part, **asked)
         ours = generate(model, part, exact=True, draft="lookup", **asked)
-        for prompt, a, b in zip(part, ours.tokens, plain.tokens, strict=True):
+        for row, (prompt, a, b) in enumerate(zip(part, ours.tokens, plain.tokens, strict=True)):
             if a != b:
-                gaps.append(None if sampling["do_sample"] else gap(model, prompt, a, b))
-                print(f"other text than plain; logits apart by {gaps[-1]}", flush=True)
+                gaps.append(gap(model, prompt, a, b, *([drawn(ours, row)] if sampling["do_sample"] else ())))
+                aside(f"other text than plain of passage {first + row}; scores apart by {gaps[-1]}")
         done = first + len(part)
         aside(f"{done - len(gaps)} of {done} alike")
         yield {"prompts": done, "identical": done - len(gaps), "gaps": gaps, "date": environment()["date"]}

@@ -13,7 +13,7 @@ policies and Matryoshka codes. Calibrated policies are those of `benchmarks.qual
 Predictions, before the first run: (1) all greedy flags, generations and scores agree, log-likelihoods within 1e-3 of
 one another; (2) `balanced` and `calibrated +0.2` change no score by more than two points, and save next to nothing on
 contexts as short as these; (3) 8 bits change no score, 4 bits cost a few points of reciting and of the last word, more
-than of choosing a sentence. Outcome of (1): docs/lm_eval.md; (2) and (3) were not measured yet.
+than of choosing a sentence. Outcome: docs/lm_eval.md.
 """
 
 import argparse
@@ -185,10 +185,12 @@ def interval(values: Sequence[float], dense: Sequence[float]) -> dict[str, float
     return {"mean": statistics.fmean(differences), "half": 1.96 * spread / math.sqrt(len(differences))}
 
 
-def costs(folder: Path, limit: int | None, write: Callable[[dict[str, Any]], None]) -> None:
-    """Every setting, written as it is known."""
-    made: dict[str, Any] = {}
+def costs(folder: Path, limit: int | None, known: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+    """Every setting that is not known yet, written as it is."""
+    made = dict(known)
     for name, make in settings(folder):
+        if name in made:
+            continue
         made[name] = cost(name, make, made.get("off"), limit)
         write(made)
 
@@ -237,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("agree", "costs"), help="this part alone; the other stays in the file")
     parser.add_argument("--limit", type=int, metavar="N", help="so many examples of each task")
+    parser.add_argument("--resume", action="store_true", help="go on from the costs in the file, of the same limit")
     parser.add_argument("--report", action="store_true", help="write the tables, run nothing")
     asked = parser.parse_args()
     result = read_result(NAME)
@@ -257,7 +260,9 @@ def main() -> None:
         if asked.only != "costs":
             write("agree", {"tasks": agreement(folder, asked.limit)})
         if asked.only != "agree":
-            costs(folder, asked.limit, lambda made: write("costs", {"settings": made}))
+            before = result.get("costs", {}) if asked.resume else {}
+            known = before.get("settings", {}) if before.get("limit") == asked.limit else {}
+            costs(folder, asked.limit, known, lambda made: write("costs", {"settings": made}))
 
 
 if __name__ == "__main__":

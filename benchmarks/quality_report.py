@@ -218,24 +218,29 @@ def presets(judged: Mapping[str, Any]) -> str:
 def direct_lens(found: Mapping[str, Any]) -> dict[str, str]:
     """By name the tables of what there is: parts at equal saving, the way of tuning, calibrated policies, real time."""
     tables: dict[str, str] = {}
-    if "fit" in found:
-        points = (f"| {one['minutes']:.1f} | {one['steps']} | {one['held_out']:.4f} |" for one in found["fit"]["curve"])
-        tables["direct tuning"] = "\n".join(["| minutes | steps | nats per token |", "|---|---|---|", *points])
-    if "judge" in found:
-        texts = {file: rows for file, rows in found["judge"].items() if file in TEXTS}
-        first = next(iter(texts.values()))
-        rows = {
-            f"{kind} | {last}": [rows[kind][last] for rows in texts.values()] for kind in first for last in first[kind]
-        }
-        tables["direct parts"] = _by_text("keys and values | last tokens that run", texts, rows)
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    texts: dict[str, Mapping[str, Any]] = {}
+    for key, part in found.items():
+        kind, _, after = key.partition(", ")
+        if kind == "fit":
+            points = (f"| {one['minutes']:.1f} | {one['steps']} | {one['held_out']:.4f} |" for one in part["curve"])
+            name = key.replace(kind, "direct tuning")
+            tables[name] = "\n".join(["| minutes | steps | nats per token |", "|---|---|---|", *points])
+        if kind == "judge":
+            texts = {file: rows for file, rows in part.items() if file in TEXTS}
+            for rule, ways in next(iter(texts.values())).items():
+                stop = after or found["settings"]["stop"]
+                parts |= {f"{stop} | {rule} | {way}": [rows[rule][way] for rows in texts.values()] for way in ways}
+    if parts:
+        tables["direct parts"] = _by_text("stop after | keys and values | last tokens that run", texts, parts)
     if "calibrate" in found:
         texts = found["calibrate"]["texts"]
         policies = {
-            f"{name} | {one['prompt_halting']['layers'][0]} | {one['protect_last']}": [t[name] for t in texts.values()]
+            f"{name} | {one['prompt_halting']['layers'][0]} | {_running(one)}": [t[name] for t in texts.values()]
             for name, one in found["calibrate"]["policies"].items()
             if one["prompt_halting"]
         }
-        tables["direct calibrated"] = _by_text("policy | stop after | last tokens that run", texts, policies)
+        tables["direct calibrated"] = _by_text("policy | stop after | tokens that run on", texts, policies)
     if "time" in found:
         lines = ["| prompt | dense, ms | direct lens, ms | faster | by the ledger |", "|---|---|---|---|---|"]
         for tokens, one in found["time"].items():
@@ -244,6 +249,11 @@ def direct_lens(found: Mapping[str, Any]) -> dict[str, str]:
                 lines.append(f"| {tokens} | {' | '.join(ms)} | {one['speedup']:.2f} × | {one['ledger']:.2f} × |")
         tables["direct time"] = "\n".join(lines)
     return tables
+
+
+def _running(policy: Mapping[str, Any]) -> str:
+    rare = policy.get("protect_rare")
+    return f"last {policy['protect_last']}" + (f", rarer than {rare:.1f} nats" if rare is not None else "")
 
 
 def validity(found: Mapping[str, Any]) -> str:

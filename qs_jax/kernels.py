@@ -200,7 +200,8 @@ def has_planes(module: object) -> bool:
 def most_bits(module: nnx.Module) -> int:
     """Bits of a weight where nobody asks for fewer: those of a code where there are codes alone, else of the dense."""
     leaves = weights(module)
-    return FULL if any(map(is_nested, leaves)) else max(8 * leaf.dtype.itemsize for leaf in leaves)
+    kernels = [leaf for leaf in leaves if is_nested(leaf) or leaf.ndim > 1]  # what is read of others may be wider
+    return FULL if any(map(is_nested, kernels)) else max(8 * leaf.dtype.itemsize for leaf in kernels)
 
 
 def plane_bytes(module: object, bits: int | None) -> int:

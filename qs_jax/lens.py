@@ -22,7 +22,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -31,6 +31,9 @@ from qs_jax.errors import CheckpointError
 from qs_jax.files import write_whole
 from qs_jax.models.base import CausalLM
 from qs_jax.models.layers import DirectKv, Shortcut
+
+_RARITY = "rarity"
+"""What it is called in a file."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,11 @@ class DirectMap:
 
 @dataclass(frozen=True)
 class DirectLens:
-    """Of a model, a map for every stop that policies may use, in order."""
+    """Of a model, a map for every stop that policies may use, in order; and how rare each token of the vocabulary is in
+    the text that they were fitted on (`rarity_of`), by which policies may protect tokens. None in older files."""
 
     maps: tuple[DirectMap, ...]
+    rarity: Float[np.ndarray, " vocabulary"] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write it as safetensors; the file appears whole or not at all.
@@ -108,7 +113,8 @@ class DirectLens:
             CheckpointError: nothing can be written there.
         """
         named = {".".join(map(str, one.inputs)): one.arrays for one in self.maps}
-        _write(path, {f"{name}/{part}": array for name, arrays in named.items() for part, array in arrays.items()})
+        arrays = {f"{name}/{part}": array for name, arrays in named.items() for part, array in arrays.items()}
+        _write(path, arrays if self.rarity is None else {**arrays, _RARITY: self.rarity})
 
     @classmethod
     def load(cls, path: str | Path, config: ModelConfig) -> "DirectLens":
@@ -118,7 +124,9 @@ class DirectLens:
             CheckpointError: the file is missing, damaged, or belongs to a model of another shape.
         """
         found: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
-        for name, array in _read(path).items():
+        arrays = _read(path)
+        rarity = arrays.pop(_RARITY, None)
+        for name, array in arrays.items():
             inputs, _, part = name.partition("/")
             if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})*", inputs) or part not in ("down", "up", "biases"):
                 raise CheckpointError(f"{path}: is no direct lens; fit it again")
@@ -127,10 +135,17 @@ class DirectLens:
             (DirectMap(inputs, **part) for inputs, part in found.items() if len(part) == 3), key=attrgetter("stop")
         )
         distinct = len({one.stop for one in maps}) == len(found)
-        if not maps or not distinct or not all(one.fits(config) for one in maps):
+        known = rarity is None or rarity.shape == (config.vocab_size,)
+        if not maps or not distinct or not known or not all(one.fits(config) for one in maps):
             of = f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
             raise CheckpointError(f"{path}: is no direct lens for {of}; fit it again")
-        return cls(tuple(maps))
+        return cls(tuple(maps), rarity)
+
+
+def rarity_of(tokens: Int[np.ndarray, "*windows tokens"], vocab_size: int) -> Float[np.ndarray, " vocabulary"]:
+    """-log of each token's share of some text, in nats; every one counts as half a time more than it was seen."""
+    counts = np.bincount(tokens.ravel(), minlength=vocab_size) + 0.5
+    return (-np.log(counts / counts.sum())).astype(np.float32)  # as models and files hold it: equals stay equal
 
 
 def _write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -170,6 +185,7 @@ def with_direct_lens(network: CausalLM, lens: DirectLens) -> CausalLM:
     copy: CausalLM = nnx.merge(*nnx.split(network))
     dtype = network.embedding.table.dtype
     copy.direct = nnx.List([stand_in(one, dtype) for one in lens.maps])
+    copy.rarity = nnx.data(None) if lens.rarity is None else nnx.Param(jnp.asarray(lens.rarity, jnp.float32))
     return copy
 
 

@@ -92,6 +92,9 @@ class Decoder:
         self.config, self.policy, self.uniform, self.piece = config, policy, uniform, piece
         self.networks = {bits: Network(config, arrays) for bits, arrays in kernels.items()}
         self.special = set(special_ids) if policy.protect_special else set()
+        if policy.protect_rare is not None:
+            rarity = self.networks[8].arrays["rarity"]
+            self.special |= {*np.flatnonzero(rarity >= policy.protect_rare).tolist()}
         self.depth = config.num_hidden_layers
         self.cache: list[list[Slot]] = [[] for _ in range(self.depth)]
         self.margin = math.inf

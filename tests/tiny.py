@@ -106,11 +106,13 @@ def with_random_lens(model: Model) -> Model:
 
 
 def with_random_direct_lens(model: Model, stop: int, rank: int = LENS_RANK) -> Model:
-    """The model with a direct lens for tokens that stop after so many layers, which looks back to the embedding."""
+    """The model with a direct lens for tokens that stop after so many layers, which looks back to the embedding, and
+    tokens of all kinds of rarity from 0 to 12."""
     rng, config = np.random.default_rng(4), model.config
     layers, features = config.num_hidden_layers - stop, 2 * config.num_key_value_heads * config.head_dim
     shapes = (rank, 2 * config.hidden_size), (layers, features, rank), (layers, features)
-    lens = DirectLens((DirectMap((0, stop), *(rng.normal(0, 0.3, shape) for shape in shapes)),))
+    one = DirectMap((0, stop), *(rng.normal(0, 0.3, shape) for shape in shapes))
+    lens = DirectLens((one,), rng.uniform(0, 12, config.vocab_size))
     return replace(model, network=with_direct_lens(model.network, lens), name=f"{model.name} with a direct lens")
 
 

@@ -122,13 +122,17 @@ def bind(policy: Policy, config: ModelConfig, has: Means = Means(), *, special_i
 
     Raises:
         PolicyError: layers beyond the model's depth, a number of thresholds that is not the number of layers,
-            or a K/V rule that needs what the model lacks.
+            or a K/V rule or a protection that needs what the model lacks.
     """
     depth, prompt, decode = config.num_hidden_layers, policy.prompt_halting, policy.decode_halting
     rule = KV_RULES[policy.kv_rule](policy)
     lacking = rule.lacks(has)
     if lacking and (prompt or decode):
         raise PolicyError(lacking)
+    if policy.protect_rare is not None and has.rarity is None and policy.mechanisms:
+        raise PolicyError(
+            "protect_rare needs a direct lens, which knows how rare tokens are; fit one: qs-jax lens --direct"
+        )
     halting = BoundHalting.bind(prompt, "prompt_halting", depth) if prompt else None
     if prompt and prompt.layers is None and halting and rule.leaves_own and halting.layers[0] >= depth - 1:
         halting = None  # of the last layer prompt tokens leave keys and values and no more, halted or not
@@ -137,7 +141,7 @@ def bind(policy: Policy, config: ModelConfig, has: Means = Means(), *, special_i
         decode_halting=BoundHalting.bind(decode, "decode_halting", depth) if decode else None,
         fusion=BoundFusion.bind(policy.fusion, depth) if policy.fusion else None,
         precision=BoundPrecision.bind(policy.precision, depth) if policy.precision and has.planes else None,
-        protection=Protection.bind(policy, special_ids),
+        protection=Protection.bind(policy, special_ids, has.rarity),
         kv_rule=rule,
         shortlist=min(policy.probe.shortlist, config.vocab_size),
         num_layers=depth,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.costs import Costs
@@ -21,17 +22,20 @@ Kept = Float[Array, "batch tokens kept"]
 """What a rule keeps of resting tokens: their states, or something smaller."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Means:
-    """What a model has that a policy may need: Matryoshka codes, an affine lens, a direct one and for which stops."""
+    """What a model has that a policy may need: Matryoshka codes, an affine lens, a direct one and for which stops, and
+    how rare each token of the vocabulary is, in nats."""
 
     planes: bool = False
     lens: bool = False
     direct_stops: tuple[int, ...] = ()
+    rarity: Float[Array | np.ndarray, " vocabulary"] | None = None
 
     @classmethod
     def of(cls, model: CausalLM) -> "Means":
-        return cls(has_planes(model), model.shortcuts is not None, model.direct_stops)
+        rarity = None if model.rarity is None else model.rarity.get_value()
+        return cls(has_planes(model), model.shortcuts is not None, model.direct_stops, rarity)
 
 
 class KvRule:

@@ -168,6 +168,8 @@ class Policy:
         protect_first: prompt tokens at the start that never halt or fuse (attention sinks).
         protect_last: prompt tokens at the end that never halt or fuse; at least the last one, whose logits are read.
         protect_special: the model's special tokens never halt or fuse.
+        protect_rare: tokens of this rarity or more never halt or fuse: -log of their share of the text that the model's
+            direct lens was fitted on, in nats (12 is one in 160,000). None: rarity does not count.
     """
 
     name: str = "off"
@@ -181,6 +183,7 @@ class Policy:
     protect_first: int = 4
     protect_last: int = 16
     protect_special: bool = True
+    protect_rare: float | None = None
 
     def __post_init__(self) -> None:
         _require(isinstance(self.name, str), "name", self.name, "text")
@@ -189,6 +192,8 @@ class Policy:
         _require(is_whole(self.protect_first, 0), "protect_first", self.protect_first, "a whole number from 0")
         _require(is_whole(self.protect_last, 1), "protect_last", self.protect_last, "a whole number from 1")
         _require(isinstance(self.protect_special, bool), "protect_special", self.protect_special, "true or false")
+        rare = self.protect_rare
+        _require(rare is None or is_number(rare, 0, 1e6), "protect_rare", rare, "a number of nats from 0, or null")
         _require(isinstance(self.probe, Probe), "probe", self.probe, "an object, or left out")
         if self.prompt_halting and "previous_entropy" in self.prompt_halting.sources:
             raise PolicyError(

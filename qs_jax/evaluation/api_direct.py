@@ -15,7 +15,7 @@ from qs_jax.evaluation.direct import fit_direct, states_of
 from qs_jax.evaluation.target import free_target
 from qs_jax.evaluation.windows import whole
 from qs_jax.hosts import refuse_several
-from qs_jax.lens import DirectLens
+from qs_jax.lens import DirectLens, rarity_of
 from qs_jax.model import Model
 from qs_jax.progress import Advance, unseen
 
@@ -111,7 +111,8 @@ def fit_direct_lens(
     if resume and out is None:
         raise EvaluationError("there is nothing to resume: give the file in out")
     target = None if out is None else Path(out) if resume else free_target(Path(out), overwrite=overwrite)
-    known = {one.stop: one for one in DirectLens.load(target, model.config).maps} if resume and target else {}
+    before = DirectLens.load(target, model.config) if resume and target else DirectLens(())
+    known = {one.stop: one for one in before.maps}
     corpus, asked = Corpus.of(text, documents), sorted(set(stops))
     for stop in asked:
         if stop in known and not {*known[stop].inputs} <= {*states_of(stop)}:
@@ -121,19 +122,23 @@ def fit_direct_lens(
     advance(0, total=model.config.num_hidden_layers + len(asked) * (tuning.CHECKS + 1) * (tune > 0))
     fits, seen = fit_direct(model, windows, asked, rank=rank, last=last, advance=advance)
     maps = {fit.map.stop: fit.map for fit in fits} | known
+    rarity = rarity_of(windows, model.config.vocab_size) if before.rarity is None else before.rarity
     curves: dict[int, list[dict[str, float]]] = {}
+
+    def made() -> DirectLens:
+        return DirectLens(tuple(maps[stop] for stop in sorted(maps)), rarity)
 
     def save(found: tuning.Tuned) -> None:
         maps[found.map.stop] = found.map
         if target is not None:
-            DirectLens(tuple(maps[stop] for stop in sorted(maps))).save(target)
+            made().save(target)
 
     for stop in asked:
         found = tuning.tune(model.network, maps[stop], seen, tune, keep=save, advance=advance) if tune else None
         if found is not None:
             save(found)
             curves[stop] = found.curve
-    lens = DirectLens(tuple(maps[stop] for stop in sorted(maps)))
+    lens = made()
     if target is not None:
         lens.save(target)
     explained = {fit.map.stop: fit.explained for fit in fits}

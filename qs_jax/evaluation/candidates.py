@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
 from qs_jax.adaptive.policy import Fusion, Halting, KvRuleName, Policy, Precision, SignalName
 from qs_jax.evaluation.observation import Observed
@@ -21,6 +22,9 @@ LAST = (256, 128, 64, 32)
 """Of a prompt's end, how many tokens may run through all layers where the others stop after the same one and leave what
 the direct lens makes."""
 
+RARE_SHARE = 0.15
+"""Of the other tokens those that run as well, the rarest, where it is known how rare they are."""
+
 
 Part = TypeVar("Part", Halting, Fusion)
 
@@ -28,7 +32,8 @@ Part = TypeVar("Part", Halting, Fusion)
 @dataclass(frozen=True)
 class Space:
     """What may be varied: after which layers prompt tokens halt or fuse (none, where that saves nothing), and generated
-    ones halt; or where prompt tokens stop whose keys and values come from a direct lens, one layer for all of them."""
+    ones halt; or where prompt tokens stop whose keys and values come from a direct lens, one layer for all of them but
+    those of this rarity, if any are spared."""
 
     prompt_layers: tuple[int, ...]
     fusion_layers: tuple[int, ...]
@@ -37,6 +42,7 @@ class Space:
     kv_rule: KvRuleName
     planes: bool
     direct_stops: tuple[int, ...] = ()
+    rare: float | None = None
 
     @classmethod
     def of(
@@ -47,6 +53,7 @@ class Space:
         signal: SignalName = "relative_drift",
         kv_rule: KvRuleName = "frozen",
         direct_stops: tuple[int, ...] = (),
+        rare: float | None = None,
     ) -> "Space":
         """Every layer of a shallow model, every second or third of a deep one, from an eighth of the depth on. Prompt
         tokens stop at least two layers early: of the last one they leave keys and values alone, stopped or not."""
@@ -54,7 +61,7 @@ class Space:
         places = {depth - 2, *range(depth - 1 - step, 0, -step)}
         prompt = tuple(sorted(layer for layer in places if layer >= first))
         decode = tuple(sorted({max(1, depth - 1), max(1, depth - 1 - step)}))
-        return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes, direct_stops)
+        return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes, direct_stops, rare)
 
     def neutral(self, prefix: int) -> Policy:
         """Every mechanism there and none acting; without a prompt, or layers it could do without, only what concerns
@@ -76,6 +83,14 @@ def quantile(values: np.ndarray, share: float) -> float:
     return math.inf if share >= 1 or not values.size else float(np.quantile(values, share))
 
 
+def rare_above(rarity: Float[np.ndarray, " tokens"], share: float) -> float:
+    """The rarity, in nats, from which on there is no more than that share of some tokens, each with its own."""
+    falling = np.sort(rarity)[::-1]
+    least = falling[min(round(share * len(falling)), len(falling) - 1)]
+    above = falling[falling > least]
+    return float(above[-1] if len(above) else least)
+
+
 def all_at(halting: Halting | None, layer: int) -> Halting | None:
     """All tokens halt after the same layer."""
     if halting is None or halting.layers is None:
@@ -85,13 +100,13 @@ def all_at(halting: Halting | None, layer: int) -> Halting | None:
 
 def uniform_stops(space: Space, prefix: int) -> list[Policy]:
     """All of the prompt stops after a layer: from the last candidate layer down; with a direct lens, all but its last
-    tokens, in the order of what that should save."""
+    and rarest tokens, in the order of what that should save."""
     neutral = space.neutral(prefix)
     if space.kv_rule == "direct":
         saving = max(space.prompt_layers, default=0)  # after which layer a stop saves one at least
         ways = [(stop, last) for stop in space.direct_stops if stop <= saving for last in LAST if last < prefix]
         ways.sort(key=lambda way: (saving + 1 - way[0]) * (prefix - way[1]))
-        return [_direct_stop(neutral, stop, last) for stop, last in ways]
+        return [_direct_stop(neutral, stop, last, space.rare) for stop, last in ways]
     if neutral.prompt_halting is None:
         return []
     return [
@@ -100,8 +115,9 @@ def uniform_stops(space: Space, prefix: int) -> list[Policy]:
     ]
 
 
-def _direct_stop(base: Policy, stop: int, last: int) -> Policy:
-    return replace(base, prompt_halting=Halting(thresholds=(math.inf,), layers=(stop,)), protect_last=last)
+def _direct_stop(base: Policy, stop: int, last: int, rare: float | None) -> Policy:
+    halting = Halting(thresholds=(math.inf,), layers=(stop,))
+    return replace(base, prompt_halting=halting, protect_last=last, protect_rare=rare)
 
 
 def stop_prompt(base: Policy, observed: Observed, shares: dict[int, float]) -> Policy:
@@ -162,7 +178,7 @@ def joined(base: Policy, parts: Sequence[Policy]) -> Policy:
     changed = {
         name: getattr(part, name)
         for part in parts
-        for name in ("prompt_halting", "decode_halting", "fusion", "precision", "protect_last")
+        for name in ("prompt_halting", "decode_halting", "fusion", "precision", "protect_last", "protect_rare")
         if getattr(part, name) != getattr(base, name)
     }
     return replace(base, **changed)

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qs_jax.adaptive.policy import KvRuleName, Policy, StateSignalName
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET, ablate
 from qs_jax.evaluation.calibration import Calibrated, calibrate
-from qs_jax.evaluation.candidates import Space
+from qs_jax.evaluation.candidates import RARE_SHARE, Space, rare_above
 from qs_jax.evaluation.defaults import SIGNAL
 from qs_jax.evaluation.freerun import free_run
 from qs_jax.evaluation.goal import Goal
@@ -19,6 +21,7 @@ from qs_jax.evaluation.perplexity import Advance, evaluate
 from qs_jax.evaluation.windows import Plan, Window, cut
 from qs_jax.kernels import has_planes
 from qs_jax.model import Model
+from qs_jax.sharding import on_host
 
 
 def calibrate_model(
@@ -43,15 +46,30 @@ def calibrate_model(
     """
     file = target.with_name(f".{target.name}.progress") if target else None
     bench = Measurements(model, windows, plan.batch, file, advance)
-    stops = model.network.direct_stops
-    kv_rule = kv_rule or ("direct" if stops else "affine" if model.network.shortcuts is not None else "frozen")
+    network = model.network
+    stops = network.direct_stops
+    kv_rule = kv_rule or ("direct" if stops else "affine" if network.shortcuts is not None else "frozen")
     space = Space.of(
-        model.config.num_hidden_layers, planes=bench.planes, signal=signal, kv_rule=kv_rule, direct_stops=stops
+        model.config.num_hidden_layers,
+        planes=bench.planes,
+        signal=signal,
+        kv_rule=kv_rule,
+        direct_stops=stops,
+        rare=_rare(model, bench.parts["search"]),
     )
     prefix = len(windows[0].prompt)
     found = calibrate(bench, space, observe_for(model, bench.parts["search"], space), prefix, goals)
     bench.finish()
     return found
+
+
+def _rare(model: Model, windows: Sequence[Window]) -> float | None:
+    """How rare tokens are that are spared where others stop (`RARE_SHARE` of these prompts), if the model knows."""
+    rarity = model.network.rarity
+    if rarity is None:
+        return None
+    prompts = np.asarray([window.prompt for window in windows])
+    return rare_above(on_host(rarity.get_value())[prompts].ravel(), RARE_SHARE)
 
 
 @dataclass(frozen=True)

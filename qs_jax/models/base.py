@@ -93,12 +93,13 @@ class CausalLM(nnx.Module):
     """A decoder: `embed`, `blocks`, `head`. A pytree of its weights; nothing in it ever mutates.
 
     What stands in for layers that a token skips (`qs_jax.lens`), if it has any: `shortcuts` for layer 1, 2, …, one by
-    one, and `direct` for all layers from one on.
+    one, and `direct` for all layers from one on; with `rarity`, -log of each token's share of text, in nats.
     """
 
     blocks: nnx.List[Block]
     shortcuts: "nnx.List[Shortcut] | None"
     direct: "nnx.List[DirectKv] | None"
+    rarity: nnx.Param[Array] | None
     embedding: Embedding
     lm_head: Linear | None
 
@@ -108,6 +109,7 @@ class CausalLM(nnx.Module):
         tied = config.tie_word_embeddings
         self.shortcuts = nnx.data(None)
         self.direct = nnx.data(None)
+        self.rarity = nnx.data(None)
         self.embedding = Embedding(vocab, hidden, init=init)
         self.lm_head = None if tied else Linear(hidden, vocab, bias=False, init=init)
 

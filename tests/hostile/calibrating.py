@@ -23,7 +23,7 @@ BENCH = FakeBench(seed=0)
 PAUSE = 0.001
 """Seconds that a score takes."""
 
-_NETWORK = SimpleNamespace(shortcuts=None, direct_stops=())
+_NETWORK = SimpleNamespace(shortcuts=None, direct_stops=(), rarity=None)
 _MODEL = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=DEPTH), network=_NETWORK, name="known")
 _WINDOWS = [Window((0,) * PREFIX, (number,), ("",) * PREFIX, ("",)) for number in range(40)]
 

@@ -128,7 +128,14 @@ LLAMA_ZERO = Case(
 
 GPT2_AFFINE = Case(
     "gpt2",
-    _policy("affine", Halting("relative_drift"), Halting("entropy"), Fusion("cosine"), kv_rule="affine"),
+    _policy(
+        "affine",
+        Halting("relative_drift"),
+        Halting("entropy"),
+        Fusion("cosine"),
+        kv_rule="affine",
+        protect_rare=9.0,
+    ),
 )
 LLAMA_AFFINE = Case(
     "llama",
@@ -166,14 +173,17 @@ LLAMA_LADDER = Case(
 )
 
 
-def _direct(fusion: Fusion | None) -> Policy:
-    """Stops after one layer, which the direct lens is for; fusion goes on behind it."""
-    halting = Halting("direction_drift", layers=PROMPT_LAYERS[:1])
-    return Policy("direct", prompt_halting=halting, kv_rule="direct", fusion=fusion, protect_first=1, protect_last=2)
+_DIRECT = Policy(
+    "direct",
+    prompt_halting=Halting("direction_drift", layers=PROMPT_LAYERS[:1]),
+    kv_rule="direct",
+    protect_first=1,
+    protect_last=2,
+)
+"""Stops after one layer, which the direct lens is for."""
 
-
-GPT2_DIRECT = Case("gpt2", _direct(Fusion("cosine", layers=PROMPT_LAYERS)))
-LLAMA_DIRECT = Case("llama", _direct(None))
+GPT2_DIRECT = Case("gpt2", replace(_DIRECT, fusion=Fusion("cosine", layers=PROMPT_LAYERS)))
+LLAMA_DIRECT = Case("llama", replace(_DIRECT, protect_rare=8.0))
 
 GPT2_NARROW = replace(GPT2_FROZEN, narrow=True)
 LLAMA_NARROW = replace(LLAMA_DROP, narrow=True)

@@ -1,5 +1,6 @@
 """The direct lens: the regression it claims to be, kept and refused as a file, and tuned on what the engine runs."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ from qs_jax.engine.session import Request, Session
 from qs_jax.errors import CheckpointError, EvaluationError, PolicyError
 from qs_jax.evaluation import direct as fitting
 from qs_jax.evaluation import tuning
-from qs_jax.evaluation.candidates import Space, uniform_stops
+from qs_jax.evaluation.candidates import Space, rare_above, uniform_stops
 from qs_jax.evaluation.direct import fit_direct
 from qs_jax.files import DIRECT_LENS_FILE
-from qs_jax.lens import DirectLens, DirectMap, stand_in, with_direct_lens
+from qs_jax.lens import DirectLens, DirectMap, rarity_of, stand_in, with_direct_lens
 from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.request import bind_policy
 from tests.study import LETTERS, command, model_folder
 from tests.tiny import tiny_model
 
-LAYERS, HIDDEN, STOP, LAST = 4, 32, 2, 24
+LAYERS, HIDDEN, STOP, LAST, SCORED = 4, 32, 2, 24, 8
 WINDOWS = np.random.default_rng(5).integers(12, 97, (12, 64))
 FEATURES = 2 * 2 * 8
 SOUND = {
@@ -97,32 +98,40 @@ def test_what_cannot_be_fitted_is_refused(options: dict[str, Any], complaint: st
         fit_direct(tiny_model("llama", LAYERS), **{"windows": WINDOWS, **options})
 
 
-def direct(model: Model, found: DirectMap) -> Model:
-    return replace(model, network=with_direct_lens(model.network, DirectLens((found,))))
-
-
-def stopping(last: int) -> Policy:
+def stopping(last: int, rare: float | None = None) -> Policy:
     halting = Halting(thresholds=np.inf, layers=(STOP,))
-    return Policy("stop", prompt_halting=halting, kv_rule="direct", protect_last=last)
+    return Policy("stop", prompt_halting=halting, kv_rule="direct", protect_last=last, protect_rare=rare)
 
 
+def with_rare_tokens(each: int) -> np.ndarray:
+    """Windows of twenty common tokens, and of so many that occur once in each of those places that might rest."""
+    windows, rng = WINDOWS % 20 + 12, np.random.default_rng(6)
+    for row in windows:
+        row[rng.permutation(np.arange(tuning.SINKS, len(row) - LAST))[:each]] = np.arange(60, 60 + each)
+    return windows
+
+
+@pytest.mark.parametrize("rare", [0, 9])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_what_is_tuned_is_what_the_engine_runs(name: str) -> None:
+def test_what_is_tuned_is_what_the_engine_runs(name: str, rare: int) -> None:
     """Final states of the tokens that run, against the logits that the engine scores them with."""
-    model = tiny_model(name, LAYERS)
-    (fit,), seen = fit_direct(model, WINDOWS, [STOP], rank=8, last=LAST)
-    example = tuning._example(seen, fit.map, [0, 1])
+    model, windows = tiny_model(name, LAYERS), with_rare_tokens(rare)
+    (fit,), seen = fit_direct(model, windows, [STOP], rank=8, last=LAST)
+    runs, rests = tuning._divided(seen, rare / (windows.shape[1] - tuning.SINKS - LAST), model.config.vocab_size)
+    example = tuning._example(seen, fit.map, runs[:2], rests[:2], [0, 1])
     states = tuning._through(stand_in(fit.map, jnp.dtype(jnp.float32)), model.network, example)
-    mine = np.asarray(model.network.head(states[:, tuning.SINKS :]))
-    scored = 8
+    mine = np.asarray(model.network.head(states[:, -LAST:]))
+    rarity = rarity_of(windows, model.config.vocab_size)
+    lensed = replace(model, network=with_direct_lens(model.network, DirectLens((fit.map,), rarity)))
+    policy = stopping(LAST - SCORED, float(rarity[60]) if rare else None)
     request = Request(
-        prompts=WINDOWS[:2, :-scored].tolist(), copies=1, max_new_tokens=scored, eos_token_ids=[], seeds=[(0, 0)] * 2,
-        sampling=Sampling.of(), chunk_size=scored, policy=bind_policy(direct(model, fit.map), stopping(LAST - scored)),
-        forced=WINDOWS[:2, -scored:].tolist(), keep_logits=True,
+        prompts=windows[:2, :-SCORED].tolist(), copies=1, max_new_tokens=SCORED, eos_token_ids=[], seeds=[(0, 0)] * 2,
+        sampling=Sampling.of(), chunk_size=SCORED, policy=bind_policy(lensed, policy),
+        forced=windows[:2, -SCORED:].tolist(), keep_logits=True,
     )  # fmt: skip
-    chunks = list(Session(direct(model, fit.map).network, request).chunks())
-    theirs = np.concatenate([chunk.logits for chunk in chunks])[:scored]
-    np.testing.assert_allclose(theirs, mine[:, -scored - 1 : -1].transpose(1, 0, 2), rtol=0, atol=2e-4)
+    chunks = list(Session(lensed.network, request).chunks())
+    theirs = np.concatenate([chunk.logits for chunk in chunks])[:SCORED]
+    np.testing.assert_allclose(theirs, mine[:, -SCORED - 1 : -1].transpose(1, 0, 2), rtol=0, atol=2e-4)
 
 
 def test_tuning_brings_it_nearer_and_is_never_worse_on_what_was_held_out() -> None:
@@ -200,6 +209,50 @@ def test_calibration_tries_stops_that_save_a_layer_and_no_others(depth: int) -> 
     assert set(stops) == set(range(1, depth - 1))
     saved = [(depth - 1 - stop) * (300 - policy.protect_last) for stop, policy in zip(stops, policies, strict=True)]
     assert saved == sorted(saved)
+    assert all(policy.protect_rare is None for policy in policies)
+
+
+def test_calibration_spares_the_rarest_tokens_of_its_own_text() -> None:
+    tokens = np.random.default_rng(0).zipf(1.3, 20_000) % 97
+    rarity = rarity_of(tokens, 97)
+    least = rare_above(rarity[tokens], 0.15)
+    assert 0.1 < (rarity[tokens] >= least).mean() <= 0.15
+    assert rare_above(np.ones(5), 0.2) == 1
+    space = Space.of(4, planes=False, kv_rule="direct", direct_stops=(2,), rare=least)
+    assert {policy.protect_rare for policy in uniform_stops(space, 300)} == {least}
+
+
+def test_rare_tokens_run_on_and_others_rest() -> None:
+    """By how often tokens occur in what the lens was fitted on; a policy that asks for it needs to know."""
+    model, windows = tiny_model("llama", LAYERS), WINDOWS.copy()
+    windows[windows % 3 == 0] = 12
+    rarity = rarity_of(windows, model.config.vocab_size)
+    assert np.exp(-rarity).sum() == pytest.approx(1)
+    assert rarity.argmin() == 12
+    (fit,), _ = fit_direct(model, windows, [STOP])
+    halting, prompt = Halting(thresholds=math.inf, layers=(STOP,)), [12, 13, 12, 12, 14, 12, 12, 12]
+    policy = Policy(prompt_halting=halting, kv_rule="direct", protect_first=1, protect_last=1, protect_rare=3.0)
+    known, unknown = (
+        replace(model, network=with_direct_lens(model.network, DirectLens((fit.map,), part))) for part in (rarity, None)
+    )
+    trace = qs_jax.generate(known, [prompt], policy=policy, max_new_tokens=2, eos_token_id=[]).trace
+    assert trace["prompt_layers_run"][0] == [LAYERS, LAYERS, STOP, STOP, LAYERS, STOP, STOP, LAYERS]
+    with pytest.raises(PolicyError, match="a direct lens, which knows how rare tokens are"):
+        bind_policy(unknown, policy)
+
+
+def test_how_rare_tokens_are_is_kept_in_the_file(tmp_path: Path) -> None:
+    config, rarity = tiny_model("llama", LAYERS).config, np.linspace(1, 9, 97)
+    one = DirectMap(
+        (0, 1), np.zeros((4, 2 * HIDDEN)), np.zeros((LAYERS - 1, FEATURES, 4)), np.zeros((LAYERS - 1, FEATURES))
+    )
+    DirectLens((one,), rarity).save(tmp_path / "lens.st")
+    found = DirectLens.load(tmp_path / "lens.st", config).rarity
+    assert found is not None
+    np.testing.assert_allclose(found, rarity, rtol=1e-6)
+    DirectLens((one,), rarity[1:]).save(tmp_path / "other.st")
+    with pytest.raises(CheckpointError, match="is no direct lens for"):
+        DirectLens.load(tmp_path / "other.st", config)
 
 
 def test_policies_that_the_rule_cannot_serve_are_refused() -> None:

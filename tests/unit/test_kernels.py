@@ -23,11 +23,12 @@ from qs_jax.kernels import (
     plane_bytes,
     weights,
 )
+from qs_jax.lens import DirectLens, DirectMap, with_direct_lens
 from qs_jax.matryoshka import product
 from qs_jax.matryoshka.kernel import NestedKernel
 from qs_jax.model import Model
 from qs_jax.models import forward
-from tests.tiny import PROMPTS, quantised, tiny_model
+from tests.tiny import PROMPTS, narrowed, quantised, tiny_model
 
 rng = np.random.default_rng(0)
 
@@ -208,3 +209,13 @@ def test_a_head_that_holds_both_is_counted_as_it_is_read(bits: int | None) -> No
     blocks = sum(layer.bytes[bits or costs.bits] for layer in costs.layers)
     assert costs.step_bytes(bits) - blocks == expected
     assert costs.probe_bytes(0, bits or costs.bits) == expected
+
+
+def test_what_else_a_model_knows_does_not_count_as_bits_of_its_weights() -> None:
+    """How rare tokens are stays in float32 beside weights in bfloat16."""
+    narrow = narrowed(tiny_model("llama"))
+    arrays = np.zeros((4, 64)), np.zeros((1, 32, 4)), np.zeros((1, 32))
+    lens = DirectLens((DirectMap((0, 1), *arrays),), np.zeros(97, np.float32))
+    network = with_direct_lens(narrow.network, lens)
+    assert network.rarity is not None
+    assert (network.rarity.get_value().dtype, most_bits(network)) == (jnp.float32, 16)

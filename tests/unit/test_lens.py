@@ -146,7 +146,7 @@ def test_the_command_puts_it_where_load_and_convert_find_it(tmp_path: Path) -> N
     assert status == 0, errors
     assert len(result["explained"]) == LAYERS - 1
     assert result["tokens"] == 12 * 320
-    assert 0 < result["timing"]["trace_s"] + result["timing"]["compile_s"] < result["timing"]["total_s"]
+    assert 0 <= result["timing"]["trace_s"] + result["timing"]["compile_s"] < result["timing"]["total_s"]
     model = load(folder, compilation_cache=False)
     assert model.network.shortcuts is not None
     status, _, errors = command("lens", folder, "--text", text)

@@ -60,6 +60,7 @@ policies = st.builds(
     protect_first=st.integers(0, 100),
     protect_last=st.integers(1, 100),
     protect_special=st.booleans(),
+    protect_rare=st.none() | st.floats(0, 1e6),
 )
 
 
@@ -124,6 +125,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Policy(shallow_bits=3), "shallow_bits is 3"),
     (lambda: Policy(protect_first=-1), "protect_first is -1"),
     (lambda: Policy(protect_last=0), "protect_last is 0"),
+    (lambda: Policy(protect_rare=-1.0), "protect_rare is -1.0"),
+    (lambda: Policy(protect_rare=10**400), "protect_rare is 1000"),
     (lambda: Policy(protect_special="yes"), "protect_special is 'yes'"),  # type: ignore[arg-type]
     (lambda: Policy(prompt_halting=Halting("previous_entropy")), "prompt_halting cannot use previous_entropy"),
     (lambda: Policy.from_json({"format": 1, "probe": None}), "probe is None, expected an object, or left out"),

@@ -130,7 +130,9 @@ def test_what_the_direct_lens_brings_is_told_by_text_and_only_as_far_as_it_was_m
     texts = {"c4-sample.jsonl": {"tuned": {"64": cost}}, "wikitext103-test.raw.txt": {"tuned": {"64": cost}}}
     halting = {"prompt_halting": {"layers": [18]}, "protect_last": 64}
     found = {
+        "settings": {"stop": 18},
         "judge": {"date": "today", "cpu": "mine", **texts},
+        "judge, 21": {"date": "today", "cpu": "mine", **texts},
         "calibrate": {
             "policies": {"calibrated +0.2": halting, "calibrated +0.1": {"prompt_halting": None, "protect_last": 16}},
             "texts": {"c4-sample.jsonl": {"calibrated +0.2": cost}},
@@ -142,9 +144,11 @@ def test_what_the_direct_lens_brings_is_told_by_text_and_only_as_far_as_it_was_m
         "fit": {"curve": [{"minutes": 0.0, "steps": 0, "held_out": 0.05}]},
     }  # fmt: skip
     tables, costs = direct_lens(found), "25.0% | +0.12 (-0.05 to +0.30)"
-    assert tables["direct parts"].splitlines()[-1] == f"| tuned | 64 | {costs} | +0.12 (-0.05 to +0.30) |"
+    assert tables["direct parts"].splitlines()[2:] == [
+        f"| {stop} | tuned | 64 | {costs} | +0.12 (-0.05 to +0.30) |" for stop in (18, 21)
+    ]
     assert tables["direct calibrated"].splitlines()[2:] == [
-        "| calibrated +0.2 | 18 | 64 | 25.0% | +0.12 (-0.05 to +0.30) |"
+        "| calibrated +0.2 | 18 | last 64 | 25.0% | +0.12 (-0.05 to +0.30) |"
     ]
     assert tables["direct time"].splitlines()[-1] == "| 512 | 10 | 8 | 1.25 × | 1.30 × |"
     assert tables["direct tuning"].splitlines()[-1] == "| 0.0 | 0 | 0.0500 |"
