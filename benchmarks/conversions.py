@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from benchmarks import real_model
-from benchmarks.harness import environment
+from benchmarks.harness import environment, stamp
 from benchmarks.judged_text import articles, nats, scored_text
 from benchmarks.quality import C4, HEAD, WIKITEXT, WIKITEXT_TRAIN
 from convert.pipeline import convert
@@ -172,8 +172,7 @@ def request(folder: Path, bits: int | None) -> dict[str, Any]:
         "warm_s": warm,
         "decode_ms_per_step": 1e3 * output.timing["decode_s"] / output.timing["decode_steps"],
         "weight_bytes_per_step": Costs.of(model.network).step_bytes(bits or FULL),
-        "date": environment()["date"],
-        "cpu": environment()["cpu"],
+        **stamp(),
     }
 
 

@@ -39,7 +39,7 @@ import numpy as np
 
 from benchmarks import real_model
 from benchmarks.adaptive_cost import side
-from benchmarks.harness import environment, interleaved, median_ratio, read_result, summary, write_result
+from benchmarks.harness import interleaved, median_ratio, read_result, stamp, summary, write_result
 from benchmarks.presets import KEPT, costs
 from benchmarks.quality import C4, LENS_TOKENS, NOVELS, WIKITEXT_TRAIN, Part, documents_of, studies
 from benchmarks.quality_report import write_direct_lens
@@ -264,7 +264,7 @@ def main() -> None:
         }
         for part in asked.only or PARTS:
             name = part if part == "calibrate" else named(part, after)
-            result[name] = {"date": environment()["date"], "cpu": environment()["cpu"], **made[part]()}
+            result[name] = {**stamp(), **made[part]()}
             print(json.dumps(result[name], indent=1), flush=True)
             print(write_result(NAME, result))
 

@@ -48,7 +48,7 @@ from benchmarks.quality import WIKITEXT_TRAIN, documents_of
 from benchmarks.quality_report import METHOD, README, fill
 from benchmarks.shapes import model_named, with_codes
 from qs_jax.console import aside
-from qs_jax.engine.sampling import Sampling, process_logits
+from qs_jax.engine.sampling import Sampling, noisy_scores
 from qs_jax.generation import GenerateOutput, generate
 from qs_jax.model import Model
 from qs_jax.models.base import forward
@@ -97,9 +97,7 @@ def drawn(output: GenerateOutput, row: int) -> Callable[[Array, int], Array]:
     key = jax.random.fold_in(jax.random.key(output.seeds[row]), 0)
 
     def scored(logits: Array, place: int) -> Array:
-        seen = jnp.zeros((1, logits.size), bool)
-        noise = jax.random.gumbel(jax.random.fold_in(key, place), logits.shape, jnp.float32)
-        return process_logits(logits[None], seen, sampling)[0] + noise
+        return noisy_scores(logits[None], jnp.zeros((1, 0), bool), jax.random.fold_in(key, place)[None], sampling)[0]
 
     return scored
 

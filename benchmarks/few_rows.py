@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import environment, interleaved, read_result, write_result
+from benchmarks.harness import interleaved, read_result, stamp, write_result
 from benchmarks.shapes import NAMES, model_named, nested_model
 from benchmarks.speed import our_generate, same_prompts
 from qs_jax import kernels
@@ -136,7 +136,7 @@ def main() -> None:
     for dtype in ["float32"] if arguments.quick else arguments.dtype:
         found = PARTS[part](model_named(arguments.model, dtype), rounds)
         print(f"{arguments.model} {dtype} {found}", flush=True)
-        facts = {"date": environment()["date"], "cpu": environment()["cpu"], "rounds": rounds}
+        facts = {**stamp(), "rounds": rounds}
         result.setdefault(part, {})[f"{arguments.model} {dtype}, {facts['cpu']}"] = {**facts, part: found}
     if not arguments.quick:
         print(write_result("few_rows", {**result, "context": CONTEXT}))

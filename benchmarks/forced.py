@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.adaptive.costs import Costs
+from qs_jax.adaptive.kv_rules import KvRule
 from qs_jax.cache import bucket
 from qs_jax.model import Model
 from qs_jax.models.attention import new_segment
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden
-from qs_jax.models.layers import DirectKv
 
 PROMPT, SCORED, FIRST, LAST = 512, 64, 4, 64
 """Tokens of a prompt and behind it, and of the prompt's start and end, which run through all layers."""
@@ -67,24 +67,12 @@ def seen(model: CausalLM, ids: Int[np.ndarray, "windows tokens"]) -> Seen:
     return Seen(tokens, tuple(states), np.asarray(losses(model, states[-1], tokens)))
 
 
-@jax.jit
-def _placed(
-    block: Block, up: Float[Array, "features rank"], bias: Float[Array, " features"], latent: Hidden
-) -> tuple[Heads, Heads]:
-    k, v = jnp.split(latent @ up.T + bias, 2, axis=-1)
-    return block.placed(k, v, places(latent))
-
-
-def left_by(model: CausalLM, direct: DirectKv, of: Seen) -> list[tuple[Heads, Heads]]:
-    """Keys and values that the direct lens makes in every layer from its stop on."""
-    latent = direct.latent([of.states[number] for number in direct.inputs])
-    parts = zip(model.blocks[direct.stop :], direct.up, direct.bias, strict=True)
-    return [_placed(block, up.get_value(), bias.get_value(), latent) for block, up, bias in parts]
-
-
-def frozen(model: CausalLM, stop: int, of: Seen) -> list[tuple[Heads, Heads]]:
-    """Keys and values that every layer from a stop on projects from the state there."""
-    return [block.kv(of.states[stop], places(of.states[stop])) for block in model.blocks[stop:]]
+def left_by(model: CausalLM, rule: KvRule, stop: int, of: Seen) -> list[tuple[Heads, Heads]]:
+    """Keys and values that tokens leave in every layer from a stop on, by a K/V rule that carries no state on."""
+    aside = tuple(of.states[number] for number in rule.looks_back(model))
+    kept = rule.settle(model, stop, of.states[stop], aside)
+    layers = enumerate(model.blocks[stop:], start=stop)
+    return [rule.kv(model, number, block, kept, places(of.states[stop])) for number, block in layers]
 
 
 def resting(model: CausalLM, left: Sequence[tuple[Heads, Heads]], of: Seen, rests: Rests) -> Losses:
@@ -113,23 +101,26 @@ def but_highest(values: Float[np.ndarray, "windows tokens"], share: float, last:
     return rests
 
 
-def saved(model: Model, direct: DirectKv | None, stop: int, rests: int, per_layer: int = 0) -> float:
-    """The share of all FLOPs of a request that is saved where so many prompt tokens rest after so many layers, as the
-    ledger counts but for padding: of a prompt's last layer keys and values alone but for one token, the head for every
-    token to come. In place of a layer they cost what the direct lens does, or `per_layer` and their attention."""
+def dense_flops(model: Model) -> int:
+    """Of a request, as the ledger counts but for padding: of a prompt's last layer keys and values alone but for one
+    token, and the head for every token to come."""
     costs = Costs.of(model.network)
-    depth, per_slot = len(costs.layers), costs.attention_flops_per_slot
-    layers, last = sum(one.flops for one in costs.layers), costs.layers[-1]
+    depth, per_slot, last = len(costs.layers), costs.attention_flops_per_slot, costs.layers[-1]
+    layers = sum(one.flops for one in costs.layers)
     prompt = PROMPT * (layers - last.flops + last.kv_flops + per_slot * PROMPT * (depth - 1))
     slots = bucket(PROMPT + SCORED, model.config.max_position_embeddings)
     generated = (SCORED - 1) * (layers + per_slot * (slots + 1) * depth) + last.flops + per_slot * PROMPT
-    dense = prompt + generated + costs.head_flops * SCORED
-    whole = sum(one.flops for one in costs.layers[stop:-1])
-    if direct is None:
-        return rests * (whole - per_layer * (depth - stop - 1)) / dense
-    looks = per_slot * PROMPT * (depth - stop - 1)
-    lens = 2 * direct.down.get_value().size + 2 * direct.up[0].get_value().size * (depth - stop)
-    return rests * (whole + looks + last.kv_flops - lens) / dense
+    return prompt + generated + costs.head_flops * SCORED
+
+
+def saved(model: Model, rule: KvRule, stop: int, rests: int) -> float:
+    """The share of these that is saved where so many prompt tokens rest after so many layers, by a K/V rule."""
+    costs = Costs.of(model.network)
+    depth = len(costs.layers)
+    ran = sum(one.flops + costs.attention_flops_per_slot * PROMPT for one in costs.layers[stop:-1])
+    ran += costs.layers[-1].kv_flops
+    instead = rule.settle_flops(costs, stop) + sum(rule.kv_flops(costs, number) for number in range(stop, depth))
+    return rests * (ran - instead) / dense_flops(model)
 
 
 def outcome(found: Mapping[str, Sequence[Losses]], dense: Sequence[Losses]) -> dict[str, dict[str, float]]:

@@ -32,6 +32,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def stamp() -> dict[str, str]:
+    """When and on what machine a part of a result was measured, where parts are measured apart."""
+    now = environment()
+    return {"date": now["date"], "cpu": now["cpu"]}
+
+
 def read_result(name: str) -> dict[str, Any]:
     """What `write_result` wrote under this name; empty where there is nothing yet."""
     path = RESULTS / f"{name}.json"

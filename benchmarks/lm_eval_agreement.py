@@ -28,7 +28,7 @@ from typing import Any, cast
 import jax
 
 from benchmarks import real_model
-from benchmarks.harness import environment, read_result, write_result
+from benchmarks.harness import read_result, stamp, write_result
 from benchmarks.make_lm_eval_tasks import FOLDER
 from benchmarks.quality import LENS_TOKENS, documents_of, studies
 from benchmarks.quality_report import fill
@@ -247,7 +247,7 @@ def main() -> None:
         fill(PAGE, tables(result))
         return
     jax.config.update("jax_default_matmul_precision", "highest")
-    facts = {**{key: environment()[key] for key in ("date", "cpu")}, "limit": asked.limit}
+    facts = {**stamp(), "limit": asked.limit}
 
     def write(part: str, found: dict[str, Any]) -> None:
         result[part] = {**facts, **found}

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import real_model
-from benchmarks.harness import environment, read_result, write_result
+from benchmarks.harness import read_result, stamp, write_result
 from benchmarks.shapes import SHAPES, model_named, nested_model, random_model
 from benchmarks.speed import OURS, compared, our_generate, same_prompts, seconds_per_step
 from qs_jax.choices import BITS
@@ -50,8 +50,7 @@ def row(name: str, steps: int, rounds: int) -> dict[str, Any]:
     times = {side: 1 / ratio["speedup"] for side, ratio in compared(seconds).items()}
     return {
         "model": name,
-        "date": environment()["date"],
-        "cpu": environment()["cpu"],
+        **stamp(),
         "steps": steps,
         "rounds": rounds,
         "sides": {side: {**found, "speedup": times[side]} for side, found in compared(seconds).items()},

@@ -34,21 +34,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from benchmarks import forced, real_model
-from benchmarks.direct_lens import CALIBRATION_PARTS, lens_text, running
+from benchmarks.direct_lens import CALIBRATION_PARTS, lens_text, lensed, running
 from benchmarks.forced import FIRST, LAST, PROMPT, SCORED, Losses, Seen
-from benchmarks.harness import environment, read_result, write_result
+from benchmarks.harness import read_result, stamp, write_result
 from benchmarks.resting_report import write_resting
+from qs_jax.adaptive.costs import Costs
+from qs_jax.adaptive.kv_rules import Direct, Frozen
 from qs_jax.adaptive.signals import angle, norm
 from qs_jax.console import progress, reporting_errors
 from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS
 from qs_jax.evaluation.direct import fit_direct
 from qs_jax.evaluation.windows import Plan, cut, whole
-from qs_jax.lens import DirectLens, rarity_of, stand_in
+from qs_jax.lens import DirectLens, rarity_of
 from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.models.attention import new_segment
 from qs_jax.models.base import Block, CausalLM, Heads, Hidden
-from qs_jax.models.layers import STATE_EPSILON, DirectKv, normal
+from qs_jax.models.layers import STATE_EPSILON, normal
 
 NAME = "resting"
 BATCH = 8
@@ -71,12 +73,11 @@ Values = Float[np.ndarray, "windows tokens"]
 
 @dataclass(frozen=True)
 class Bench:
-    """The model, the windows to look at, token ids that lenses are fitted on, and the lens by stop."""
+    """The model with its lens, the windows to look at, and token ids that lenses are fitted on."""
 
     model: Model
     windows: list[Int[np.ndarray, "windows tokens"]]
     fitted_on: Int[np.ndarray, "windows tokens"]
-    lenses: dict[int, DirectKv]
 
     @property
     def network(self) -> CausalLM:
@@ -102,13 +103,12 @@ def prepared(asked: argparse.Namespace) -> Bench:
     ids = np.asarray([w.prompt + w.scored for w in cut(model, running(CALIBRATION_PARTS), plan)], np.int32)
     text = whole(model, lens_text(), asked.tokens)
     if asked.lens:
-        maps = DirectLens.load(asked.lens, model.config).maps
+        lens = DirectLens.load(asked.lens, model.config)
     else:
         stops = sorted({*((STOP,) if "tokens" in asked.only else ()), *(STOPS if "depths" in asked.only else ())})
         with progress("fitting", model.config.num_hidden_layers * len(stops)) as advance:
-            maps = [fit_direct(model, text, [stop], advance=advance)[0][0].map for stop in stops]
-    lenses = {one.stop: stand_in(one, jnp.dtype(jnp.float32)) for one in maps}
-    return Bench(model, np.split(ids, len(ids) // BATCH), text, lenses)
+            lens = DirectLens(tuple(fit_direct(model, text, [stop], advance=advance)[0][0].map for stop in stops))
+    return Bench(lensed(model, lens), np.split(ids, len(ids) // BATCH), text)
 
 
 # Which tokens
@@ -143,12 +143,12 @@ def signals(
 ) -> dict[str, Values]:
     """By name what could be asked of tokens at the stop; the highest run on. Oracles look at what comes later."""
     blocks, stop = bench.network.blocks, STOP
-    ids, direct = np.asarray(of.tokens), bench.lenses[STOP]
+    ids = np.asarray(of.tokens)
     observed, later = jnp.asarray([PROMPT - OBSERVED, PROMPT]), jnp.asarray([PROMPT - 1, PROMPT + SCORED])
     paid = [_paid(blocks[n], of.states[n], observed) for n in range(stop)]
     future = [_paid(blocks[n], of.states[n], later)[0] for n in range(stop, len(blocks))]
     _, keys, values = paid[-1]
-    left = forced.left_by(bench.network, direct, of)
+    left = forced.left_by(bench.network, Direct(stop), stop, of)
     wrong = [
         _error(block, states, one) for block, states, one in zip(blocks[stop:], of.states[stop:-1], left, strict=True)
     ]
@@ -181,11 +181,11 @@ def signals(
 
 def which_tokens(bench: Bench) -> dict[str, Any]:
     """By share that runs on, the cost by what chooses it."""
-    rare, rng, direct = bench.rarity, np.random.default_rng(0), bench.lenses[STOP]
+    rare, rng, rule = bench.rarity, np.random.default_rng(0), Direct(STOP)
     dense, found = list[Losses](), dict[float, dict[str, list[Losses]]]()
     for of in bench.seen("which tokens"):
         dense.append(of.nll)
-        left, shown = forced.left_by(bench.network, direct, of), signals(bench, of, rare, rng)
+        left, shown = forced.left_by(bench.network, rule, STOP, of), signals(bench, of, rare, rng)
         for share in (0.0, *SHARES):
             for name, values in shown.items() if share else [("none", np.zeros(of.tokens.shape))]:
                 rests = forced.but_highest(values, share, LAST)
@@ -193,7 +193,7 @@ def which_tokens(bench: Bench) -> dict[str, Any]:
     rows = {share: round((1 - share) * (PROMPT - FIRST - LAST)) for share in found}
     return {
         str(share): {
-            "flops_reduction": forced.saved(bench.model, direct, STOP, rows[share]),
+            "flops_reduction": forced.saved(bench.model, rule, STOP, rows[share]),
             "by": forced.outcome(parts, dense),
         }
         for share, parts in found.items()
@@ -207,7 +207,7 @@ def depths(bench: Bench) -> dict[str, Any]:
         dense.append(of.nll)
         values = rare[np.asarray(of.tokens)]
         for stop in STOPS:
-            left = forced.left_by(bench.network, bench.lenses[stop], of)
+            left = forced.left_by(bench.network, Direct(stop), stop, of)
             for last, share in product(LASTS, DEPTH_SHARES):
                 lost = forced.resting(bench.network, left, of, forced.but_highest(values, share, last))
                 found.setdefault((stop, last, share), []).append(lost)
@@ -215,7 +215,7 @@ def depths(bench: Bench) -> dict[str, Any]:
     for (stop, last, share), parts in found.items():
         rests = round((1 - share) * (PROMPT - FIRST - last))
         row = forced.outcome({"": parts}, dense)[""]
-        row["flops_reduction"] = forced.saved(bench.model, bench.lenses[stop], stop, rests)
+        row["flops_reduction"] = forced.saved(bench.model, Direct(stop), stop, rests)
         result[f"{stop}, {last}, {share}"] = {"stop": stop, "last": last, "share": share, **row}
     return result
 
@@ -278,11 +278,13 @@ def halves(bench: Bench) -> dict[str, Any]:
             last = forced.layer(network.blocks[-1], states)
             found.setdefault(str(stop), []).append(np.asarray(forced.losses(network, last, of.tokens)))
     result: dict[str, Any] = forced.outcome(found, dense)
-    block = network.blocks[0]
+    block, width = network.blocks[0], bench.model.config.hidden_size
     attends = sum(2 * part.kernel.get_value().size for part in (block.q, block.k, block.v, block.o))
+    feed_forward = Costs.of(network).layers[0].flops - attends
+    rests, dense_flops = PROMPT - FIRST - LAST, forced.dense_flops(bench.model)
     for stop, row in result.items():
-        per_layer = attends + 2 * bench.model.config.hidden_size**2
-        row["flops_reduction"] = forced.saved(bench.model, None, int(stop), PROMPT - FIRST - LAST, per_layer)
+        layers = len(network.blocks) - 1 - int(stop)
+        row["flops_reduction"] = rests * layers * (feed_forward - 2 * width**2) / dense_flops
     return result
 
 
@@ -310,7 +312,7 @@ def exits(bench: Bench) -> dict[str, Any]:
     for of in bench.seen("exits"):
         dense.append(of.nll)
         for stop, (kernel, bias) in maps.items():
-            left = forced.frozen(network, stop, of)
+            left = forced.left_by(network, Frozen(), stop, of)
             early = normal(of.states[stop], STATE_EPSILON) @ kernel + bias
             lost, margin, apart, same = (np.array(p) for p in _leaving(network, early, of.states[-1], of.tokens))
             ways = {"surest": margin, "random": rng.random(margin.shape), "oracle": -apart}
@@ -369,7 +371,7 @@ def main() -> None:
         bench = prepared(asked)
         for part in asked.only:
             name = f"{part}, tuned" if asked.lens else part
-            result[name] = {"date": environment()["date"], "cpu": environment()["cpu"], **MADE[part](bench)}
+            result[name] = {**stamp(), **MADE[part](bench)}
             print(json.dumps(result[name], indent=1), flush=True)
             print(write_result(NAME, result))
 

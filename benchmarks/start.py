@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 from benchmarks import real_model
-from benchmarks.harness import environment, read_result, write_result
+from benchmarks.harness import read_result, stamp, write_result
 from benchmarks.quality import WIKITEXT_TRAIN
 from benchmarks.shapes import SHAPES
 from qs_jax.adaptive.binding import dense
@@ -154,7 +154,7 @@ def main() -> None:
         else:
             sides = measured(real_model.place(arguments.model), arguments.dtype, rounds)
     row: dict[str, Any] = {"sides": sides, "max_tokens": arguments.max_tokens} if arguments.fit else {"sides": sides}
-    row |= {"date": environment()["date"], "cpu": environment()["cpu"]}
+    row |= stamp()
     print(json.dumps(row, indent=1))
     if not arguments.quick:
         kept, kind = read_result("start"), "traced" if arguments.trace else "fits" if arguments.fit else "rows"

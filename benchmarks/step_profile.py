@@ -23,7 +23,7 @@ import jax
 from jax.profiler import ProfileData
 
 from benchmarks.break_even import decoded, script
-from benchmarks.harness import environment, read_result, write_result
+from benchmarks.harness import read_result, stamp, write_result
 from benchmarks.shapes import NAMES, model_named
 from benchmarks.speed import PROMPT_TOKENS, our_generate, same_prompts
 from qs_jax.model import Model
@@ -100,7 +100,7 @@ def main() -> None:
         kind = f"{arguments.drafts} drafts" if arguments.drafts else f"batch {arguments.batch}"
         behind = f" after {arguments.prompt} tokens" if arguments.prompt != PROMPT_TOKENS else ""
         key = f"{arguments.model} {arguments.dtype} {kind}{behind}"
-        facts = {"steps": steps, "date": environment()["date"], "cpu": environment()["cpu"]}
+        facts = {"steps": steps, **stamp()}
         rows[key] = {**facts, "total_ms": sum(spent.values()), "kinds": kinds[: arguments.show]}
         print(write_result("step_profile", {"profiles": rows}))
 

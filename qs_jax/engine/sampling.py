@@ -109,12 +109,22 @@ def next_tokens(
     if not sampling.do_sample:
         scores = penalise(logits, seen, sampling) if sampling.penalise else logits
         return most_likely(scores)
+    return most_likely(noisy_scores(logits, seen, noise, sampling))
+
+
+def noisy_scores(
+    logits: Float[Array, "batch vocab"],
+    seen: Bool[Array, "batch seen_vocab"],
+    noise: Key[Array, " batch"],
+    sampling: Sampling,
+) -> Float[Array, "batch vocab"]:
+    """What a drawn token is the greatest of: processed logits and the row's own noise."""
     if not sampling.penalise:
         seen = jnp.zeros(logits.shape, bool)
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(noise)
     if sampling.greedy is not None:
         gumbel = jnp.where(sampling.greedy[:, None], 0.0, gumbel)
-    return most_likely(process_logits(logits, seen, sampling) + gumbel)
+    return process_logits(logits, seen, sampling) + gumbel
 
 
 def most_likely(scores: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:

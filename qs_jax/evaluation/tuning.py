@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from qs_jax import lens
 from qs_jax.evaluation.direct import Seen
@@ -42,12 +42,9 @@ CHECKS = 10
 
 
 class _Example(NamedTuple):
-    """Windows whose first tokens run, the next rest but for the rarest, and the last ones run: the places of those that
-    run and of those that rest, states at the stop of the former, what the lens reads of the latter, and the dense
-    model's final states of the last ones."""
+    """Windows whose first tokens run, the next rest and the last ones run: states at the stop of those that run, what
+    the lens reads of those that rest, and the dense model's final states of the last ones."""
 
-    runs: Int[Array, "windows running"]
-    rests: Int[Array, "windows resting"]
     running: Float[Array, "windows running hidden"]
     resting: tuple[Float[Array, "windows resting hidden"], ...]
     final: Float[Array, "windows last hidden"]
@@ -68,7 +65,6 @@ def tune(
     seen: Seen,
     minutes: float,
     *,
-    share: float = 0.0,
     peak: float = PEAK,
     seed: int = 0,
     keep: Callable[[Tuned], None] = lambda tuned: None,
@@ -81,7 +77,6 @@ def tune(
         start: the map to begin with.
         seen: what the dense model showed on windows, the final states of the last tokens among it.
         minutes: how long, compilation apart.
-        share: of the tokens that might rest those that run, the rarest: what `protect_rare` spares.
         peak: the highest learning rate.
         seed: of the order of windows.
         keep: called with the best so far whenever it is better: where to write it down.
@@ -92,15 +87,11 @@ def tune(
     windows = len(seen.tokens)
     held_out = [row for row in range(windows) if is_held_out(row, windows)]
     used = [row for row in range(windows) if not is_held_out(row, windows)]
-    runs, rests = _divided(seen, share, model.config.vocab_size)
     stand_in = lens.stand_in(start, jnp.dtype(jnp.float32))
     moments = optax.scale_by_adam().init(_weights(stand_in))
 
-    def example(rows: list[int]) -> _Example:
-        return _example(seen, start, runs[rows], rests[rows], rows)
-
     def loss(part: DirectKv) -> float:
-        return float(np.mean([_divergence(part, model, example(rows)) for rows in _cut(held_out)]))
+        return float(np.mean([_divergence(part, model, _example(seen, start, rows)) for rows in _cut(held_out)]))
 
     best = Tuned(start, [{"minutes": 0.0, "steps": 0, "held_out": loss(stand_in)}])
     advance()
@@ -109,7 +100,7 @@ def tune(
     while spent < 60 * minutes:
         began = time.perf_counter()
         rate = peak * _rate(spent / (60 * minutes))
-        stand_in, moments = _step(stand_in, moments, model, example(next(order)), jnp.float32(rate))
+        stand_in, moments = _step(stand_in, moments, model, _example(seen, start, next(order)), jnp.float32(rate))
         jax.block_until_ready(stand_in)
         took, steps = time.perf_counter() - began, steps + 1
         if steps > 1:  # the first one compiles
@@ -144,30 +135,14 @@ def _shuffled(rows: list[int], seed: int) -> Iterator[list[int]]:
         yield from _cut(rng.permutation(rows).tolist())
 
 
-def _divided(
-    seen: Seen, share: float, vocab_size: int
-) -> tuple[Int[np.ndarray, "windows running"], Int[np.ndarray, "windows resting"]]:
-    """The places of those that run and of those that rest, rising, as many in every window."""
-    tokens, last = np.asarray(seen.tokens), seen.final.shape[1]
-    rarity = lens.rarity_of(tokens, vocab_size)[tokens]
-    rarity[:, :SINKS] = rarity[:, tokens.shape[1] - last :] = np.inf
-    running = SINKS + last + round(share * (tokens.shape[1] - SINKS - last))
-    order = np.argsort(-rarity, axis=1, kind="stable")
-    return np.sort(order[:, :running], axis=1), np.sort(order[:, running:], axis=1)
-
-
-def _example(
-    seen: Seen,
-    of: DirectMap,
-    runs: Int[np.ndarray, "windows running"],
-    rests: Int[np.ndarray, "windows resting"],
-    rows: list[int],
-) -> _Example:
+def _example(seen: Seen, of: DirectMap, rows: list[int]) -> _Example:
     """Some windows."""
-    at = np.asarray(rows)[:, None]
-    resting = tuple(seen.states[layer][at, rests] for layer in of.inputs)
-    running, final = seen.states[of.stop][at, runs], seen.final[at[:, 0]]
-    return _Example(jnp.asarray(runs), jnp.asarray(rests), running, resting, final)
+    at, last = np.asarray(rows), seen.final.shape[1]
+    end = seen.tokens.shape[1] - last
+    stopped = seen.states[of.stop][at]
+    running = jnp.concatenate([stopped[:, :SINKS], stopped[:, end:]], axis=1)
+    resting = tuple(seen.states[layer][at, SINKS:end] for layer in of.inputs)
+    return _Example(running, resting, seen.final[at])
 
 
 def _weights(stand_in: DirectKv) -> tuple[Array, ...]:
@@ -200,8 +175,7 @@ def _step(
 @jax.jit
 def _divergence(stand_in: DirectKv, model: CausalLM, example: _Example) -> Float[Array, ""]:
     """KL divergence from the dense model's next tokens, in nats, mean over the last tokens of the windows."""
-    last = example.final.shape[1]
-    states = _through(stand_in, model, example)[:, -last:]
+    states = _through(stand_in, model, example)[:, SINKS:]
     dense = jax.nn.log_softmax(jax.lax.stop_gradient(model.head(example.final)), axis=-1)
     found = jax.nn.log_softmax(model.head(states), axis=-1)
     return (jnp.exp(dense) * (dense - found)).sum(axis=-1).mean()
@@ -209,14 +183,18 @@ def _divergence(stand_in: DirectKv, model: CausalLM, example: _Example) -> Float
 
 def _through(stand_in: DirectKv, model: CausalLM, example: _Example) -> Hidden:
     """Final states of those that run, which see of the others what the lens leaves."""
-    runs, rests = example.runs.astype(jnp.int32), example.rests.astype(jnp.int32)
-    sees = tuple(places[:, None, :] <= runs[:, :, None] for places in (rests, runs))
+    windows, resting, _ = example.resting[0].shape
+    places = jnp.arange(resting + example.running.shape[1], dtype=jnp.int32)
+    rests = places[SINKS : SINKS + resting]
+    runs = jnp.concatenate([places[:SINKS], places[SINKS + resting :]])
+    sees = (rests[None, None, :] <= runs[None, :, None]), (runs[None, None, :] <= runs[None, :, None])
+    at_rest, running = (jnp.broadcast_to(part, (windows, len(part))) for part in (rests, runs))
     latent, states = stand_in.latent(example.resting), example.running
     for number in range(stand_in.stop, len(model.blocks)):
         block = model.blocks[number]
         k, v = jnp.split(stand_in.features(number, latent), 2, axis=-1)
-        left = new_segment(*block.placed(k, v, rests), sees[0])
-        k, v = block.kv(states, runs)
+        left = new_segment(*block.placed(k, v, at_rest), sees[0])
+        k, v = block.kv(states, running)
         view = left, new_segment(k, v, sees[1])
-        states = block.run_over(states, runs, view, k, v).hidden_states
+        states = block.run_over(states, running, view, k, v).hidden_states
     return states

@@ -27,7 +27,7 @@ from qs_jax.request import bind_policy
 from tests.study import LETTERS, command, model_folder
 from tests.tiny import tiny_model
 
-LAYERS, HIDDEN, STOP, LAST, SCORED = 4, 32, 2, 24, 8
+LAYERS, HIDDEN, STOP, LAST = 4, 32, 2, 24
 WINDOWS = np.random.default_rng(5).integers(12, 97, (12, 64))
 FEATURES = 2 * 2 * 8
 SOUND = {
@@ -98,40 +98,32 @@ def test_what_cannot_be_fitted_is_refused(options: dict[str, Any], complaint: st
         fit_direct(tiny_model("llama", LAYERS), **{"windows": WINDOWS, **options})
 
 
-def stopping(last: int, rare: float | None = None) -> Policy:
+def direct(model: Model, found: DirectMap) -> Model:
+    return replace(model, network=with_direct_lens(model.network, DirectLens((found,))))
+
+
+def stopping(last: int) -> Policy:
     halting = Halting(thresholds=np.inf, layers=(STOP,))
-    return Policy("stop", prompt_halting=halting, kv_rule="direct", protect_last=last, protect_rare=rare)
+    return Policy("stop", prompt_halting=halting, kv_rule="direct", protect_last=last)
 
 
-def with_rare_tokens(each: int) -> np.ndarray:
-    """Windows of twenty common tokens, and of so many that occur once in each of those places that might rest."""
-    windows, rng = WINDOWS % 20 + 12, np.random.default_rng(6)
-    for row in windows:
-        row[rng.permutation(np.arange(tuning.SINKS, len(row) - LAST))[:each]] = np.arange(60, 60 + each)
-    return windows
-
-
-@pytest.mark.parametrize("rare", [0, 9])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_what_is_tuned_is_what_the_engine_runs(name: str, rare: int) -> None:
+def test_what_is_tuned_is_what_the_engine_runs(name: str) -> None:
     """Final states of the tokens that run, against the logits that the engine scores them with."""
-    model, windows = tiny_model(name, LAYERS), with_rare_tokens(rare)
-    (fit,), seen = fit_direct(model, windows, [STOP], rank=8, last=LAST)
-    runs, rests = tuning._divided(seen, rare / (windows.shape[1] - tuning.SINKS - LAST), model.config.vocab_size)
-    example = tuning._example(seen, fit.map, runs[:2], rests[:2], [0, 1])
+    model = tiny_model(name, LAYERS)
+    (fit,), seen = fit_direct(model, WINDOWS, [STOP], rank=8, last=LAST)
+    example = tuning._example(seen, fit.map, [0, 1])
     states = tuning._through(stand_in(fit.map, jnp.dtype(jnp.float32)), model.network, example)
-    mine = np.asarray(model.network.head(states[:, -LAST:]))
-    rarity = rarity_of(windows, model.config.vocab_size)
-    lensed = replace(model, network=with_direct_lens(model.network, DirectLens((fit.map,), rarity)))
-    policy = stopping(LAST - SCORED, float(rarity[60]) if rare else None)
+    mine = np.asarray(model.network.head(states[:, tuning.SINKS :]))
+    scored = 8
     request = Request(
-        prompts=windows[:2, :-SCORED].tolist(), copies=1, max_new_tokens=SCORED, eos_token_ids=[], seeds=[(0, 0)] * 2,
-        sampling=Sampling.of(), chunk_size=SCORED, policy=bind_policy(lensed, policy),
-        forced=windows[:2, -SCORED:].tolist(), keep_logits=True,
+        prompts=WINDOWS[:2, :-scored].tolist(), copies=1, max_new_tokens=scored, eos_token_ids=[], seeds=[(0, 0)] * 2,
+        sampling=Sampling.of(), chunk_size=scored, policy=bind_policy(direct(model, fit.map), stopping(LAST - scored)),
+        forced=WINDOWS[:2, -scored:].tolist(), keep_logits=True,
     )  # fmt: skip
-    chunks = list(Session(lensed.network, request).chunks())
-    theirs = np.concatenate([chunk.logits for chunk in chunks])[:SCORED]
-    np.testing.assert_allclose(theirs, mine[:, -SCORED - 1 : -1].transpose(1, 0, 2), rtol=0, atol=2e-4)
+    chunks = list(Session(direct(model, fit.map).network, request).chunks())
+    theirs = np.concatenate([chunk.logits for chunk in chunks])[:scored]
+    np.testing.assert_allclose(theirs, mine[:, -scored - 1 : -1].transpose(1, 0, 2), rtol=0, atol=2e-4)
 
 
 def test_tuning_brings_it_nearer_and_is_never_worse_on_what_was_held_out() -> None:

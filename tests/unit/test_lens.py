@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,13 +141,14 @@ def test_a_file_that_is_no_lens_of_the_model_is_refused(
 
 @pytest.mark.slow
 def test_the_command_puts_it_where_load_and_convert_find_it(tmp_path: Path) -> None:
+    jax.clear_caches()  # or another test's programs are these, and nothing is left to trace
     folder, text = model_folder(tmp_path / "model", layers=LAYERS), tmp_path / "text.txt"
     text.write_text("".join(np.random.default_rng(0).choice(list(LETTERS), 4000)))
     status, result, errors = command("lens", folder, "--text", text, "--json", "--debug")
     assert status == 0, errors
     assert len(result["explained"]) == LAYERS - 1
     assert result["tokens"] == 12 * 320
-    assert 0 <= result["timing"]["trace_s"] + result["timing"]["compile_s"] < result["timing"]["total_s"]
+    assert 0 < result["timing"]["trace_s"] + result["timing"]["compile_s"] < result["timing"]["total_s"]
     model = load(folder, compilation_cache=False)
     assert model.network.shortcuts is not None
     status, _, errors = command("lens", folder, "--text", text)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import forced
+from qs_jax.adaptive.kv_rules import Direct
 from qs_jax.adaptive.policy import Halting, Policy
 from qs_jax.evaluation.scoring import score_alone
 from qs_jax.evaluation.windows import Window
@@ -30,13 +31,11 @@ def test_a_stop_is_the_engines(name: str) -> None:
     policy = Policy(prompt_halting=halting, kv_rule="direct", protect_last=LAST, protect_special=False)
     scores = score_alone(model, windows, bind_policy(model, policy), batch=2)
     seen = forced.seen(model.network, ids)
-    assert model.network.direct is not None
-    direct = model.network.direct[0]
-    rests = forced.all_but(LAST, 2)
-    found = forced.resting(model.network, forced.left_by(model.network, direct, seen), seen, rests)
+    rule, rests = Direct(STOP), forced.all_but(LAST, 2)
+    found = forced.resting(model.network, forced.left_by(model.network, rule, STOP, seen), seen, rests)
     np.testing.assert_allclose(found, -scores.logprobs, atol=2e-4)
     assert np.abs(found - seen.nll).max() > 0.01
-    saved = forced.saved(model, direct, STOP, int(rests[0].sum()))
+    saved = forced.saved(model, rule, STOP, int(rests[0].sum()))
     assert saved == pytest.approx(scores.ledger.to_json()["flops_reduction"], abs=0.005)
 
 
