@@ -46,7 +46,7 @@ from benchmarks.quality_report import write_direct_lens
 from qs_jax.adaptive.policy import Halting, KvRuleName, Policy
 from qs_jax.console import progress, reporting_errors
 from qs_jax.evaluation.ablation import policy_row
-from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS, TUNED_LAST
+from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS, RARE_SHARE, TUNED_LAST
 from qs_jax.evaluation.direct import fit_direct
 from qs_jax.evaluation.goal import Goal
 from qs_jax.evaluation.lens import fit_lens
@@ -107,7 +107,7 @@ def lensed(model: Model, lens: DirectLens) -> Model:
 
 
 def fitted(
-    model: Model, after: int, tokens: int, minutes: float, keep: Path | None
+    model: Model, after: int, tokens: int, minutes: float, spared: float, keep: Path | None
 ) -> tuple[dict[str, Any], dict[str, DirectMap], np.ndarray]:
     """What was seen on the way, maps of the stop by how they were made, and how rare tokens are in their text."""
     windows = whole(model, lens_text(), tokens)
@@ -119,9 +119,10 @@ def fitted(
             if keep:
                 DirectLens((found.map,), rarity).save(keep)
 
-        tuned = tune(model.network, fit.map, seen, minutes, keep=write, advance=advance)
+        tuned = tune(model.network, fit.map, seen, minutes, share=spared, keep=write, advance=advance)
     facts = {
         "tokens": windows.size,
+        "spared": spared,
         "looks_back": fit.map.inputs,
         "rank": len(fit.map.down),
         "explained": fit.explained,
@@ -199,17 +200,21 @@ def calibrated(model: Model, tokens: int) -> dict[str, Any]:
     }
 
 
-def timed(model: Model, after: int, last: int) -> dict[str, Any]:
-    """Prefill of prompts under the policy and dense, in turn; and by how much the ledger says it should be faster."""
+def timed(model: Model, after: int) -> dict[str, Any]:
+    """Prefill of prompts of judged text under a policy and dense, in turn; and by how much the ledger says it should be
+    faster. Rare tokens run, and the last 64."""
     found: dict[str, Any] = {}
-    sides = {"dense": Policy.off(), "direct": stop("direct", after, last)}
+    last, rare = LAST[0], RARE[0]
+    sides = {"dense": Policy.off(), "direct": stop("direct", after, last, rare)}
+    text = documents_of(studies()[real_model.NAME].texts[:1])
     for tokens in PROMPTS:
-        prompt = np.random.default_rng(0).integers(100, 40_000, tokens).tolist()
+        prompt = list(cut(model, text, Plan(prefix=tokens, window=1, max_tokens=3))[1].prompt)
         runs = {name: partial(side(model, policy), [prompt], 1) for name, policy in sides.items()}
         seconds = interleaved(runs, ROUNDS)
         ledger = generate(model, [prompt], max_new_tokens=1, eos_token_id=[], policy=sides["direct"]).ledger
         found[str(tokens)] = {
             "last": last,
+            "rare": rare,
             **{name: summary(values) for name, values in seconds.items()},
             "speedup": median_ratio(seconds["dense"], seconds["direct"]),
             "ledger": ledger["flops_off"] / ledger["flops"],
@@ -231,8 +236,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=DIRECT_LENS_TOKENS, help="most to fit on")
     parser.add_argument("--tune", type=float, default=10.0, help="minutes")
+    parser.add_argument("--spare", type=float, default=RARE_SHARE, help="tune with this share running, the rarest")
     parser.add_argument("--scored-tokens", type=int, default=2560, help="of every text")
-    parser.add_argument("--calibration-tokens", type=int, default=2048, help="of either text")
+    parser.add_argument("--calibration-tokens", type=int, default=6144, help="of either text")
     parser.add_argument("--keep", type=Path, help="where to write the tuned lens")
     parser.add_argument("--stop", type=int, default=STOP, help="after how many layers")
     parser.add_argument("--lens", type=Path, action="append", help="this one, fit none; calibration takes several")
@@ -250,7 +256,7 @@ def main() -> None:
             lens = joined([DirectLens.load(path, model.config) for path in asked.lens])
             maps = {"tuned": lens.maps[0]}
         else:
-            fit, maps, rarity = fitted(model, asked.stop, asked.tokens, asked.tune, asked.keep)
+            fit, maps, rarity = fitted(model, asked.stop, asked.tokens, asked.tune, asked.spare, asked.keep)
             lens = DirectLens((maps["tuned"],), rarity)
             if asked.stop != STOP:
                 maps.pop("of the stop alone")
@@ -260,7 +266,7 @@ def main() -> None:
         made = {
             "judge": lambda: judged(model, maps, lens.rarity, asked.scored_tokens),
             "calibrate": lambda: calibrated(lensed(model, lens), asked.calibration_tokens),
-            "time": lambda: timed(lensed(model, lens), after, LAST[1]),
+            "time": lambda: timed(lensed(model, lens), after),
         }
         for part in asked.only or PARTS:
             name = part if part == "calibrate" else named(part, after)

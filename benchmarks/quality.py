@@ -34,6 +34,7 @@ Outcome: docs/results.md.
 import argparse
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -49,6 +50,9 @@ from qs_jax.adaptive.policy import Policy
 from qs_jax.console import progress, reporting_errors
 from qs_jax.corpus import read_documents
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET
+from qs_jax.evaluation.calibration import Calibrated
+from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS
+from qs_jax.evaluation.direct import fit_direct
 from qs_jax.evaluation.lens import fit_lens
 from qs_jax.evaluation.perplexity import evaluate
 from qs_jax.evaluation.report import render
@@ -56,8 +60,8 @@ from qs_jax.evaluation.scoring import score_alone
 from qs_jax.evaluation.statistics import summary
 from qs_jax.evaluation.study import calibrated_on, study
 from qs_jax.evaluation.windows import Plan, cut, whole
-from qs_jax.files import LENS_FILE, write_whole
-from qs_jax.lens import Lens, with_lens
+from qs_jax.files import DIRECT_LENS_FILE, LENS_FILE, write_whole
+from qs_jax.lens import DirectLens, Lens, rarity_of, with_direct_lens, with_lens
 from qs_jax.loading import load
 from qs_jax.model import Model
 from qs_jax.request import bind_policy
@@ -70,6 +74,10 @@ HEAD = "^embedding|^lm_head"
 FURTHER_TOKENS = 1024
 LENS_TOKENS = 32768
 PLANES_TOKENS = 8192
+DIRECT_STOPS = (0.3, 0.45, 0.6, 0.7, 0.8)
+"""Of the depth, where prompts may stop under the direct lens."""
+DIRECT_WINDOWS = 3
+"""As many windows as others are calibrations with the direct lens tested on, which scores them together."""
 EVERY_TOKEN = Plan(prefix=0, window=128)
 """The paper's protocol, in windows that every model's context holds and of which there are enough to calibrate on."""
 _ROUNDED = ("perplexity", "perplexity_off", "perplexity_increase", "perplexity_increase_interval")
@@ -96,6 +104,7 @@ class Study:
     planes: bool = False
     scored_tokens: int = Plan().max_tokens
     calibration_tokens: int = 4096
+    direct_tokens: int = LENS_TOKENS
 
 
 def studies() -> dict[str, Study]:
@@ -110,6 +119,7 @@ def studies() -> dict[str, Study]:
         texts=((WIKITEXT, ":"), (C4, "600:"), (NOVELS, "-3:"), (STORIES, "600:")),
         scored_tokens=5120,
         calibration_tokens=6144,
+        direct_tokens=DIRECT_LENS_TOKENS,
     )
     return {
         real_model.NAME: real,
@@ -141,14 +151,23 @@ def quantised(folder: Path, documents: list[str], target: Path) -> Path:
     return target
 
 
+def direct_lens(model: Model, documents: list[str], tokens: int) -> DirectLens:
+    """In closed form, for stops that save two layers at least."""
+    depth, windows = model.config.num_hidden_layers, whole(model, documents, tokens)
+    stops = sorted({min(round(share * depth), depth - 2) for share in DIRECT_STOPS})
+    fits, _ = fit_direct(model, windows, stops)
+    return DirectLens(tuple(one.map for one in fits), rarity_of(windows, model.config.vocab_size))
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A study's model with its lens, in float32 and in bfloat16, and how well the lens fits."""
+    """A study's model with its lenses, in float32 and in bfloat16, and how well the affine one fits."""
 
     name: str
     model: Model
     narrow: Model
     lens: Lens
+    direct: DirectLens
     explained: list[float]
 
     @classmethod
@@ -157,11 +176,14 @@ class Subject:
         source, documents = real_model.place(chosen.model), documents_of(chosen.lens)
         model = load(source, dtype="float32")
         fit = fit_lens(model, whole(model, documents, LENS_TOKENS))
+        direct = direct_lens(model, documents, chosen.direct_tokens)
         with TemporaryDirectory() as temporary:
             folder = quantised(source, documents, Path(temporary) / "planes") if chosen.planes else source
             model, narrow = (load(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
-        model, narrow = (replace(one, network=with_lens(one.network, fit.lens)) for one in (model, narrow))
-        return cls(name, model, narrow, fit.lens, fit.explained)
+        model, narrow = (
+            replace(one, network=with_direct_lens(with_lens(one.network, fit.lens), direct)) for one in (model, narrow)
+        )
+        return cls(name, model, narrow, fit.lens, direct, fit.explained)
 
 
 def with_prefix(subject: Subject, chosen: Study, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
@@ -197,15 +219,19 @@ def _judged(
         part[0]: cut(model, documents_of((part,)), half if number else plan) for number, part in enumerate(chosen.texts)
     }
     with progress(name, _PASSES * len(windows)) as advance:
-        found = calibrated_on(
+        on = partial(
+            calibrated_on,
             model,
             documents_of(chosen.calibration),
             plan,
-            calibration_tokens,
             judged=[window for part in windows.values() for window in part],
             target=RESULTS / f"quality_{name}.json",
             advance=advance,
         )
+        found = on(calibration_tokens, kv_rule="affine")
+        if plan.prefix != 0:
+            direct = on(DIRECT_WINDOWS * calibration_tokens, kv_rule="direct").calibrated
+            found = replace(found, calibrated=[*found.calibrated, *map(with_direct, direct)])
         texts = {}
         for file, part in windows.items():
             runs = free_runs if not texts else 0
@@ -213,6 +239,12 @@ def _judged(
             texts[file] = {**judged, "model": name, "text": file, "logprobs": []}
     first, *others = texts
     return {**texts[first], "texts": {file: {**texts[file], "samples": []} for file in others}}
+
+
+def with_direct(found: Calibrated) -> Calibrated:
+    """Under a name that says by which lens."""
+    policy, searched = (replace(one, name=f"{found.goal.name}, direct") for one in (found.policy, found.searched))
+    return replace(found, policy=policy, searched=searched)
 
 
 def rounding(subject: Subject, part: Part, policy: Policy, plan: Plan) -> dict[str, Any]:
@@ -277,6 +309,7 @@ def measure(arguments: argparse.Namespace) -> None:
         calibrated = found["calibrated"][BUDGETS.index(MAIN_BUDGET)]
         Policy.from_json(calibrated["policy"]).save(Path(chosen.model) / "policy.json")
         subject.lens.save(Path(chosen.model) / LENS_FILE)
+        subject.direct.save(Path(chosen.model) / DIRECT_LENS_FILE)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,9 @@ def write_direct_lens(found: Mapping[str, Any]) -> None:
 
 
 def write_validity(found: Mapping[str, Any]) -> None:
-    """Put how often calibrated budgets were kept into the page."""
-    fill(PAGE, {"validity": validity(found)})
+    """Put how often calibrated budgets were kept into the page, without a direct lens and with one."""
+    parts = {"validity": found, "validity direct": found.get("direct")}
+    fill(PAGE, {name: validity(part) for name, part in parts.items() if part})
 
 
 def fill(file: Path, blocks: Mapping[str, str]) -> None:
@@ -220,12 +221,16 @@ def direct_lens(found: Mapping[str, Any]) -> dict[str, str]:
     tables: dict[str, str] = {}
     parts: dict[str, list[Mapping[str, Any]]] = {}
     texts: dict[str, Mapping[str, Any]] = {}
-    for key, part in found.items():
-        kind, _, after = key.partition(", ")
+    timed: list[str] = []
+    for (kind, _, after), part in sorted(((key.partition(", "), part) for key, part in found.items()), key=_stop_of):
         if kind == "fit":
             points = (f"| {one['minutes']:.1f} | {one['steps']} | {one['held_out']:.4f} |" for one in part["curve"])
-            name = key.replace(kind, "direct tuning")
+            name = f"direct tuning, {after}" if after else "direct tuning"
             tables[name] = "\n".join(["| minutes | steps | nats per token |", "|---|---|---|", *points])
+        if kind == "time":
+            stop = after or found["settings"]["stop"]
+            prompts = {tokens: one for tokens, one in part.items() if tokens.isdigit()}
+            timed += [f"| {stop} | {_prompt_time(tokens, one)} |" for tokens, one in prompts.items()]
         if kind == "judge":
             texts = {file: rows for file, rows in part.items() if file in TEXTS}
             for rule, ways in next(iter(texts.values())).items():
@@ -241,14 +246,21 @@ def direct_lens(found: Mapping[str, Any]) -> dict[str, str]:
             if one["prompt_halting"]
         }
         tables["direct calibrated"] = _by_text("policy | stop after | tokens that run on", texts, policies)
-    if "time" in found:
-        lines = ["| prompt | dense, ms | direct lens, ms | faster | by the ledger |", "|---|---|---|---|---|"]
-        for tokens, one in found["time"].items():
-            if tokens.isdigit():
-                ms = (f"{one[side]['median_ms']:.0f}" for side in ("dense", "direct"))
-                lines.append(f"| {tokens} | {' | '.join(ms)} | {one['speedup']:.2f} × | {one['ledger']:.2f} × |")
-        tables["direct time"] = "\n".join(lines)
+    if timed:
+        heads = "stop after", "tokens that run on", "prompt", "dense, ms", "direct lens, ms", "faster", "by the ledger"
+        tables["direct time"] = "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *timed])
     return tables
+
+
+def _stop_of(keyed: tuple[tuple[str, str, str], Any]) -> str:
+    """Of a part of the results, for which stop it is; the usual one has no name."""
+    return keyed[0][2]
+
+
+def _prompt_time(tokens: str, one: Mapping[str, Any]) -> str:
+    ms = (f"{one[side]['median_ms']:.0f}" for side in ("dense", "direct"))
+    running = _running({"protect_last": one["last"], "protect_rare": one.get("rare")})
+    return f"{running} | {tokens} | {' | '.join(ms)} | {one['speedup']:.2f} × | {one['ledger']:.2f} ×"
 
 
 def _running(policy: Mapping[str, Any]) -> str:
@@ -273,11 +285,12 @@ def validity(found: Mapping[str, Any]) -> str:
 
 
 def _by_text(head: str, texts: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What rows save and cost on each text, in points of perplexity."""
+    """What rows save on one text after the other, where that differs, and cost on each, in points of perplexity."""
     heads = " | ".join(TEXTS[file] for file in texts)
     lines = [f"| {head} | FLOPs saved | {heads} |", "|" + "---|" * (2 + head.count("|") + len(texts))]
     for name, found in rows.items():
-        lines.append(f"| {name} | {_share(found[0]['flops_reduction'])} | {' | '.join(map(_interval, found))} |")
+        saved = " / ".join(dict.fromkeys(_share(row["flops_reduction"]) for row in found))
+        lines.append(f"| {name} | {saved} | {' | '.join(map(_interval, found))} |")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from qs_jax.evaluation.defaults import (
     BATCH,
     CALIBRATION_TOKENS,
     CONFIDENCE,
+    DIRECT_CALIBRATION_TOKENS,
     DIRECT_LENS_TOKENS,
     LENS_TOKENS,
     MAX_PPL_INCREASE,
@@ -166,7 +167,12 @@ def calibrate(
     kv_rule: KvRuleOption = None,
     prefix: Prefix = None,
     window: WindowOption = WINDOW,
-    max_tokens: MaxTokens = CALIBRATION_TOKENS,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Most tokens to score: {CALIBRATION_TOKENS}; {DIRECT_CALIBRATION_TOKENS} with a direct lens."
+        ),
+    ] = None,
     batch: Batch = BATCH,
     further_text: Annotated[
         list[str] | None,
@@ -185,7 +191,7 @@ def calibrate(
 
         # what can be wrong without the model is, before it is loaded
         Goal.of(max_ppl_increase, confidence)
-        Plan(prefix, window, max_tokens, batch)
+        Plan(prefix, window, max_tokens or 1, batch)
         corpus, further = Corpus.of(text, documents), [Corpus.of(one) for one in further_text or ()]
         loaded = load_model(model, common)
         with progress("calibrating") as advance:

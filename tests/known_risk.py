@@ -1,6 +1,7 @@
 """A bench on which it is known what a policy does to the nll."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -53,6 +54,9 @@ class FakeBench:
         kind = crc32(json.dumps(policy.to_json()).encode())
         noise = np.random.default_rng([self.seed, part == "test", kind]).normal(0, 0.1 * saved, self.windows)
         return Measured((dense + self.true_shift(policy) + noise).tolist(), DEPTH * (1 - saved), 32.0, saved, 0.0)
+
+    def stops(self, policies: Sequence[Policy], part: Part) -> None:
+        """All is known anyway."""
 
     def dense(self, part: Part) -> Measured:
         return self.of(Policy.off(), part)

@@ -10,7 +10,7 @@ import numpy as np
 
 from qs_jax.adaptive.binding import BoundPolicy
 from qs_jax.adaptive.policy import Policy
-from qs_jax.evaluation.baselines import fixed_depths, oracle, random_bits, random_halting, uniform_stops
+from qs_jax.evaluation.baselines import direct_stops, fixed_depths, oracle, random_bits, random_halting, uniform_stops
 from qs_jax.evaluation.calibration import Calibrated
 from qs_jax.evaluation.candidates import Space, part_of_everything, stripped
 from qs_jax.evaluation.observation import Observed, observe
@@ -93,7 +93,9 @@ def ablate(
     for one in calibrated:
         kinds[one.policy.name] = ("calibrated", one.searched)
     prefix, lens = len(windows[0].prompt), model.network.shortcuts is not None
-    for policy in (*uniform_stops(space, prefix, lens=lens), *fixed_depths(space, prefix)):
+    direct = replace(space, kv_rule="direct", direct_stops=model.network.direct_stops)
+    stops = *uniform_stops(space, prefix, lens=lens), *direct_stops(direct, prefix)
+    for policy in (*stops, *fixed_depths(space, prefix)):
         kinds[policy.name] = ("baseline", policy)
     scores = _scores(model, windows, {name: policy for name, (_, policy) in kinds.items()}, plan, advance)
     best = next((one.searched for one in calibrated if one.goal.budget == MAIN_BUDGET and one.policy.mechanisms), None)

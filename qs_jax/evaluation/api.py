@@ -25,7 +25,7 @@ from qs_jax.evaluation.defaults import (
 )
 from qs_jax.evaluation.goal import Goal
 from qs_jax.evaluation.perplexity import passes
-from qs_jax.evaluation.study import calibrate_model, calibrated_on, study
+from qs_jax.evaluation.study import calibrate_model, calibrated_on, study, tokens_to_calibrate_on
 from qs_jax.evaluation.target import free_target
 from qs_jax.evaluation.windows import Plan, cut, whole
 from qs_jax.lens import Lens
@@ -237,7 +237,7 @@ def calibrate(
     kv_rule: KvRuleName | None = None,
     prefix: int | None = None,
     window: int = WINDOW,
-    max_tokens: int = CALIBRATION_TOKENS,
+    max_tokens: int | None = None,
     batch: int = BATCH,
     further_text: Sequence[Text] | None = None,
     overwrite: bool = False,
@@ -246,8 +246,9 @@ def calibrate(
     """Find the policy that saves most while perplexity rises no more than allowed, tested on text held back.
 
     Args:
-        model, text, documents, prefix, window, max_tokens, batch, advance: as for `evaluate`; calibrate with the batch
-            that will run.
+        model, text, documents, prefix, window, batch, advance: as for `evaluate`; calibrate with the batch that will
+            run.
+        max_tokens: most tokens to score. None: 4,096, with a direct lens, whose stops are scored together, 12,288.
         max_ppl_increase: by how much perplexity may rise: points above 0, or percent of the dense model's as in `"1%"`.
         confidence: that it rises by no more, from 0.5 to below 1.
         out: policy file to write. An interrupted calibration goes on where it was when it is called again with the same
@@ -272,7 +273,8 @@ def calibrate(
     target = None if out is None else free_target(Path(out), overwrite=overwrite)
     if signal not in get_args(StateSignalName):
         raise EvaluationError(not_among("signal", signal, get_args(StateSignalName)))
-    goal, plan = Goal.of(max_ppl_increase, confidence), Plan(prefix, window, max_tokens, batch)
+    tokens = tokens_to_calibrate_on(model, kv_rule) if max_tokens is None else max_tokens
+    goal, plan = Goal.of(max_ppl_increase, confidence), Plan(prefix, window, tokens, batch)
     corpus = Corpus.of(text, documents)
     texts = [corpus.documents, *(Corpus.of(one).documents for one in further_text or ())]
     windows = [replace(w, text=number) for number, one in enumerate(texts) for w in cut(model, one, plan)]

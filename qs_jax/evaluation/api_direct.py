@@ -10,7 +10,7 @@ from qs_jax.corpus import Corpus, Text
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation import tuning
 from qs_jax.evaluation.api import Watch
-from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS, TUNED_LAST
+from qs_jax.evaluation.defaults import DIRECT_LENS_TOKENS, RARE_SHARE, TUNED_LAST
 from qs_jax.evaluation.direct import fit_direct, states_of
 from qs_jax.evaluation.target import free_target
 from qs_jax.evaluation.windows import whole
@@ -134,7 +134,10 @@ def fit_direct_lens(
             made().save(target)
 
     for stop in asked:
-        found = tuning.tune(model.network, maps[stop], seen, tune, keep=save, advance=advance) if tune else None
+        found = None
+        if tune:
+            share = RARE_SHARE  # of the prompt runs under policies that calibration finds
+            found = tuning.tune(model.network, maps[stop], seen, tune, share=share, keep=save, advance=advance)
         if found is not None:
             save(found)
             curves[stop] = found.curve

@@ -17,8 +17,18 @@ from qs_jax.evaluation.windows import Window
 from qs_jax.model import Model
 
 
+def direct_stops(space: Space, prefix: int) -> list[Policy]:
+    """For every stop of the direct lens, the one that saves most."""
+    saving = [order[-1] for order in candidates.direct_orders(space, prefix)]
+    return [
+        replace(policy, name=f"prompt stops after {stop}, direct lens")
+        for policy in saving
+        for stop in (policy.prompt_halting and policy.prompt_halting.layers) or ()
+    ]
+
+
 def uniform_stops(space: Space, prefix: int, *, lens: bool = False) -> list[Policy]:
-    """All of the prompt stops after the same layer: with frozen keys and values, and with those of the lens."""
+    """All of the prompt stops after the same layer: with frozen keys and values, and with those of the affine lens."""
     rules: dict[KvRuleName, str] = {"frozen": "", **({"affine": ", lens"} if lens else {})}
     return [
         replace(policy, name=f"prompt stops after {layer}{suffix}")

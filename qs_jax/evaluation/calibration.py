@@ -1,7 +1,7 @@
 """`qs-jax calibrate`: the policy that saves most within a perplexity budget, tested on text it was not chosen on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from qs_jax.evaluation.candidates import (
     DECODE_SHARES,
     FUSED_SHARES,
     Space,
+    direct_orders,
     fuse_prompt,
     joined,
     lower_bits,
@@ -30,9 +31,6 @@ from qs_jax.evaluation.measurements import Measured, Part
 from qs_jax.evaluation.observation import Observed
 from qs_jax.evaluation.risk import Estimate, accepted, ladder, pareto_path, rungs
 from qs_jax.evaluation.statistics import excess_p_value, increase, linearised_increase, perplexity
-
-_LENSES: tuple[KvRuleName, ...] = ("affine", "direct")
-"""Rules that follow one."""
 
 _TESTED = 12
 """Most policies that are tested, in equal steps of what they save."""
@@ -49,6 +47,7 @@ class Bench(Protocol):
     """Where policies are measured: `qs_jax.evaluation.measurements.Measurements`, or a stand-in in tests."""
 
     def of(self, policy: Policy, part: Part) -> Measured: ...
+    def stops(self, policies: Sequence[Policy], part: Part) -> None: ...
     def dense(self, part: Part) -> Measured: ...
     def by_text(self, part: Part) -> list[Int[np.ndarray, " windows"]]: ...
     def increase(self, policy: Policy, part: Part) -> float: ...
@@ -95,18 +94,23 @@ def calibrate(bench: Bench, space: Space, observed: Observed, prefix: int, goals
 
     The search tries uniform stops of the prompt, per-token choices around the best of them, fusion, halting of
     generated tokens and fewer bits, each alone, then the combinations that should be best if increases add up; and
-    the uniform stops with frozen keys and values, where the space has another rule. The test then follows
+    the uniform stops with frozen keys and values, where the space has another rule. Of stops under a direct lens, whose
+    order is known beforehand, nothing is searched: all are measured at once. The test then follows
     `qs_jax.evaluation.risk`.
     """
     dense = perplexity(bench.dense("search").values)
     pool = search(bench, space, observed, prefix, [goal.points(dense) for goal in goals])
-    return [_choose(bench, pool, space, prefix, goal) for goal in goals]
+    orders = _orders(pool, space, prefix)
+    bench.stops([policy for order in orders.get("direct", ()) for policy in order], "test")
+    return [_choose(bench, pool, orders, goal) for goal in goals]
 
 
 def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets: Sequence[float]) -> list[Policy]:
     """All policies tried on the search part, whatever came of them."""
     neutral, most = space.neutral(prefix), max(budgets)
     parts: list[list[Policy]] = []
+    if space.kv_rule == "direct":
+        parts.append(uniform_stops(space, prefix))
     if neutral.fusion:
         parts.append(_prompt_pool(bench, space, observed, prefix, budgets))
         parts.append(_until(bench, [fuse_prompt(neutral, observed, share) for share in FUSED_SHARES], most))
@@ -117,7 +121,7 @@ def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets:
     if neutral.precision:
         parts.append(_until(bench, [lower_bits(neutral, observed, share) for share in BITS_SHARES], most))
     found = [policy for part in parts for policy in part] + _combinations(bench, neutral, parts, budgets)
-    frozen = uniform_stops(replace(space, kv_rule="frozen"), prefix)
+    frozen = uniform_stops(replace(space, kv_rule="frozen"), prefix) if space.kv_rule != "direct" else []
     return found + [policy for policy in _until(bench, frozen, most) if policy not in found]
 
 
@@ -176,23 +180,40 @@ def _combinations(
     return found
 
 
-def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goal: Goal) -> Calibrated:
-    """Test the search's best in order, and the uniform stops of either rule beside them; of what holds, the cheapest.
+def _orders(pool: Sequence[Policy], space: Space, prefix: int) -> dict[KvRuleName, list[list[Policy]]]:
+    """The uniform stops of the pool by K/V rule, in orders that are known beforehand: the search has no say in them."""
+    if space.kv_rule == "direct":
+        return {"direct": direct_orders(space, prefix)}
+    rules: tuple[KvRuleName, ...] = ("frozen", "affine") if space.kv_rule == "affine" else ("frozen",)
+    found: dict[KvRuleName, list[list[Policy]]] = {}
+    for rule in rules:
+        stops = uniform_stops(replace(space, kv_rule=rule), prefix)
+        found[rule] = [[policy for policy in stops if policy in pool]]
+    return found
 
-    Every path has its share of the level, so that a mechanism that fails hides only what stands on its own. Uniform
-    stops are tested one by one from the latest: their order is known beforehand, the search has no say in it. What
-    they alone would come to is reported as if theirs had been the only path.
+
+def _choose(
+    bench: Bench, pool: Sequence[Policy], orders: Mapping[KvRuleName, Sequence[Sequence[Policy]]], goal: Goal
+) -> Calibrated:
+    """Test the search's best in order, and uniform stops beside them, one by one from the latest; of what holds, the
+    cheapest.
+
+    Every path has its share of the level, so that a mechanism that fails hides only what stands on its own. What
+    uniform stops alone would come to is reported as if theirs had been the only paths.
     """
     level = 1 - goal.confidence
-    rules: tuple[KvRuleName, ...] = ("frozen", space.kv_rule) if space.kv_rule in _LENSES else ("frozen",)
-    stops = {r: [p for p in uniform_stops(replace(space, kv_rule=r), prefix) if p in pool] for r in rules}
-    paths = [_climbing(bench, pool, goal), *(found for found in stops.values() if found)]
+    stops = [order for of_rule in orders.values() for order in of_rule if order]
+    searched = [policy for policy in pool if not any(policy in order for order in orders.get("direct", ()))]
+    paths = [*([_climbing(bench, pool, goal)] if searched else []), *stops]
     p_value = _p_value(bench, goal)
     tests = [(path, accepted(path, p_value, level / len(paths))) for path in paths]
     trusted = [policy for _, held in tests for policy in held]
     tried = [policy for path, held in tests for policy in path[: len(held) + 1]]
-    alone = {rule: accepted(found, p_value, level) for rule, found in stops.items()}
-    best = {rule: _row(bench, held[-1], goal, True) if held else None for rule, held in alone.items()}
+    alone = {
+        rule: [policy for order in found for policy in accepted(order, p_value, level / len(found))]
+        for rule, found in orders.items()
+    }
+    best = {rule: _row(bench, min(held, key=bench.cost), goal, True) for rule, held in alone.items() if held}
     chosen, name = min(trusted, key=bench.cost, default=None), goal.name
     return Calibrated(
         policy=stripped(chosen, name) if chosen else Policy(name=name),
@@ -200,8 +221,8 @@ def _choose(bench: Bench, pool: Sequence[Policy], space: Space, prefix: int, goa
         goal=goal,
         tested=[_row(bench, p, goal, p in trusted) for n, p in enumerate(tried) if p not in tried[:n]],
         chosen=_row(bench, chosen, goal, True) if chosen else None,
-        uniform=best["frozen"],
-        uniform_with_lens=best.get(space.kv_rule) if space.kv_rule in _LENSES else None,
+        uniform=best.get("frozen"),
+        uniform_with_lens=best.get("affine", best.get("direct")),
     )
 
 

@@ -18,12 +18,9 @@ PROMPT_SHARES = (0.25, 0.5, 0.75)
 FUSED_SHARES = (0.05, 0.2)
 DECODE_SHARES = (0.005, 0.02, 0.1)
 BITS_SHARES = (0.25, 0.5, 0.75, 1.0)
-LAST = (256, 128, 64, 32)
-"""Of a prompt's end, how many tokens may run through all layers where the others stop after the same one and leave what
-the direct lens makes."""
-
-RARE_SHARE = 0.15
-"""Of the other tokens those that run as well, the rarest, where it is known how rare they are."""
+SPARED = ((128, True), (64, True), (32, True), (32, False), (16, False))
+"""Of a prompt's end, how many tokens run through all layers where the others stop after the same one and leave what the
+direct lens makes; and whether rare ones do as well, if it is known which are. From sparing most to sparing least."""
 
 
 Part = TypeVar("Part", Halting, Fusion)
@@ -56,12 +53,14 @@ class Space:
         rare: float | None = None,
     ) -> "Space":
         """Every layer of a shallow model, every second or third of a deep one, from an eighth of the depth on. Prompt
-        tokens stop at least two layers early: of the last one they leave keys and values alone, stopped or not."""
+        tokens stop at least two layers early: of the last one they leave keys and values alone, stopped or not. Beside
+        a direct lens nothing fuses: on no model did that save what it cost."""
         step, first = 1 if depth <= 8 else 2 if depth <= 24 else 3, max(1, depth // 8)
         places = {depth - 2, *range(depth - 1 - step, 0, -step)}
         prompt = tuple(sorted(layer for layer in places if layer >= first))
         decode = tuple(sorted({max(1, depth - 1), max(1, depth - 1 - step)}))
-        return cls(prompt, prompt[-3:-2] or prompt[:1], decode, signal, kv_rule, planes, direct_stops, rare)
+        fusion = () if kv_rule == "direct" else prompt[-3:-2] or prompt[:1]
+        return cls(prompt, fusion, decode, signal, kv_rule, planes, direct_stops, rare)
 
     def neutral(self, prefix: int) -> Policy:
         """Every mechanism there and none acting; without a prompt, or layers it could do without, only what concerns
@@ -99,20 +98,26 @@ def all_at(halting: Halting | None, layer: int) -> Halting | None:
 
 
 def uniform_stops(space: Space, prefix: int) -> list[Policy]:
-    """All of the prompt stops after a layer: from the last candidate layer down; with a direct lens, all but its last
-    and rarest tokens, in the order of what that should save."""
-    neutral = space.neutral(prefix)
+    """All of the prompt stops after a layer: from the last candidate layer down; with a direct lens, those of
+    `direct_orders`, one after the other."""
     if space.kv_rule == "direct":
-        saving = max(space.prompt_layers, default=0)  # after which layer a stop saves one at least
-        ways = [(stop, last) for stop in space.direct_stops if stop <= saving for last in LAST if last < prefix]
-        ways.sort(key=lambda way: (saving + 1 - way[0]) * (prefix - way[1]))
-        return [_direct_stop(neutral, stop, last, space.rare) for stop, last in ways]
+        return [policy for order in direct_orders(space, prefix) for policy in order]
+    neutral = space.neutral(prefix)
     if neutral.prompt_halting is None:
         return []
     return [
         replace(neutral, prompt_halting=all_at(neutral.prompt_halting, layer))
         for layer in reversed(space.prompt_layers)
     ]
+
+
+def direct_orders(space: Space, prefix: int) -> list[list[Policy]]:
+    """For every stop of the direct lens that saves a layer, from the last one down, an order of policies that save ever
+    more: all of the prompt stops but its last and rarest tokens, of which fewer and fewer are spared."""
+    neutral, latest = space.neutral(prefix), max(space.prompt_layers, default=0)
+    stops = [stop for stop in sorted(space.direct_stops, reverse=True) if stop <= latest]
+    ways = dict.fromkeys((last, space.rare if rare else None) for last, rare in SPARED if last < prefix)
+    return [[_direct_stop(neutral, stop, *way) for way in ways] for stop in stops if ways]
 
 
 def _direct_stop(base: Policy, stop: int, last: int, rare: float | None) -> Policy:

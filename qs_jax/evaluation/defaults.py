@@ -11,6 +11,9 @@ SCORED_TOKENS = 2560
 CALIBRATION_TOKENS = 4096
 """Most tokens that a calibration scores."""
 
+DIRECT_CALIBRATION_TOKENS = 12288
+"""The same where the model has a direct lens, whose stops are scored together."""
+
 LENS_TOKENS = 32768
 """Most tokens that a lens is fitted on."""
 
@@ -19,6 +22,10 @@ DIRECT_LENS_TOKENS = 147456
 
 TUNED_LAST = 128
 """Of each window, at whose last tokens a tuned lens is to agree with the dense model."""
+
+RARE_SHARE = 0.15
+"""Of prompt tokens that might stop under a direct lens those that run on, the rarest: under policies that
+calibration tries, and while a lens is tuned."""
 
 BATCH = 8
 """Windows run together."""

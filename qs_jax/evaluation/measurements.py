@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from jaxtyping import Int
 from qs_jax.adaptive.policy import Policy
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.perplexity import Advance
+from qs_jax.evaluation.resting import score_stops
 from qs_jax.evaluation.scoring import score_alone
 from qs_jax.evaluation.statistics import PerWindow, increase
 from qs_jax.evaluation.windows import Window
@@ -26,7 +27,8 @@ from qs_jax.sharding import on_host
 
 Part = Literal["search", "test"]
 
-_SEARCH_SHARE = 4
+SEARCH_SHARE = 4
+"""One window in so many is searched with."""
 _FEWEST_TO_TEST = 8
 
 
@@ -46,15 +48,15 @@ class Measured:
         return np.asarray(self.nll)
 
 
-def split(windows: Sequence[Window], batch: int) -> dict[Part, list[Window]]:
-    """A quarter of the windows to search with, the rest to test with, in whole batches, evenly mixed, and so of each of
+def split(windows: Sequence[Window], batch: int, share: int = SEARCH_SHARE) -> dict[Part, list[Window]]:
+    """One window in so many to search with, the rest to test with, in whole batches, evenly mixed, and so of each of
     several texts its share.
 
     Raises:
         EvaluationError: too few windows to tell anything.
     """
     count = len(windows)
-    search = max(batch, count // _SEARCH_SHARE // batch * batch)
+    search = max(batch, count // share // batch * batch)
     if count - search < max(batch, _FEWEST_TO_TEST):
         raise EvaluationError(
             f"the text gives {count} windows, calibration needs at least {search + max(batch, _FEWEST_TO_TEST)}: "
@@ -77,9 +79,11 @@ class Measurements:
         batch: int,
         file: Path | None,
         advance: Advance = lambda n=1: None,
+        *,
+        search: int = SEARCH_SHARE,
     ):
         self.model, self.batch, self.file, self.advance = model, batch, file, advance
-        self.parts = split(windows, batch)
+        self.parts = split(windows, batch, search)
         self.planes = has_planes(model.network)
         self._fingerprint = self._taken_of()
         self._known: dict[str, Measured] = self._resumed()
@@ -87,12 +91,26 @@ class Measurements:
 
     def of(self, policy: Policy, part: Part) -> Measured:
         """A policy's scores on a part."""
-        key = f"{part} {json.dumps(policy.to_json(), sort_keys=True)}"
+        key = self._key(policy, part)
         if key not in self._known:
             self._known[key] = self._measure(policy, part)
             self._write()
             self.advance()
         return self._known[key]
+
+    def stops(self, policies: Sequence[Policy], part: Part) -> None:
+        """Measure stops under the direct lens, and the dense model, all at once (`qs_jax.evaluation.resting`). What
+        they save is what the engine saves on the search part."""
+        dense = Policy.off()
+        missing = [policy for policy in policies if self._key(policy, part) not in self._known]
+        if not missing:
+            return
+        named = {self._key(policy, part): policy for policy in missing}
+        nll, found = score_stops(self.model, self.parts[part], named, batch=self.batch, advance=self.advance)
+        for key, policy in named.items():
+            self._known[key] = replace(self.of(policy, "search"), nll=found[key].tolist())
+        self._known[self._key(dense, part)] = replace(self.of(dense, "search"), nll=nll.tolist())
+        self._write()
 
     def dense(self, part: Part) -> Measured:
         return self.of(Policy.off(), part)
@@ -114,6 +132,10 @@ class Measurements:
         """
         measured = self.of(policy, "search")
         return 1 - measured.flops_reduction + (1 - measured.bytes_reduction if self.planes else 0.0)
+
+    @staticmethod
+    def _key(policy: Policy, part: Part) -> str:
+        return f"{part} {json.dumps(policy.to_json(), sort_keys=True)}"
 
     def _measure(self, policy: Policy, part: Part) -> Measured:
         scores = score_alone(self.model, self.parts[part], bind_policy(self.model, policy), batch=self.batch)

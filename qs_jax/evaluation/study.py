@@ -11,17 +11,31 @@ from qs_jax.adaptive.policy import KvRuleName, Policy, StateSignalName
 from qs_jax.errors import EvaluationError
 from qs_jax.evaluation.ablation import BUDGETS, MAIN_BUDGET, ablate
 from qs_jax.evaluation.calibration import Calibrated, calibrate
-from qs_jax.evaluation.candidates import RARE_SHARE, Space, rare_above
-from qs_jax.evaluation.defaults import SIGNAL
+from qs_jax.evaluation.candidates import Space, rare_above
+from qs_jax.evaluation.defaults import CALIBRATION_TOKENS, DIRECT_CALIBRATION_TOKENS, RARE_SHARE, SIGNAL
 from qs_jax.evaluation.freerun import free_run
 from qs_jax.evaluation.goal import Goal
-from qs_jax.evaluation.measurements import Measurements
+from qs_jax.evaluation.measurements import SEARCH_SHARE, Measurements
 from qs_jax.evaluation.observation import Observed, observe
 from qs_jax.evaluation.perplexity import Advance, evaluate
 from qs_jax.evaluation.windows import Plan, Window, cut
 from qs_jax.kernels import has_planes
 from qs_jax.model import Model
 from qs_jax.sharding import on_host
+
+_DIRECT_SEARCH_SHARE = 16
+"""With a direct lens the search part shows no more than how rare tokens are, and what stops save."""
+
+
+def best_rule(model: Model) -> KvRuleName:
+    """What halted tokens leave where nothing else is asked for: by the best lens that the model has."""
+    network = model.network
+    return "direct" if network.direct_stops else "affine" if network.shortcuts is not None else "frozen"
+
+
+def tokens_to_calibrate_on(model: Model, kv_rule: KvRuleName | None) -> int:
+    """How many tokens a calibration scores where nothing else is asked for."""
+    return DIRECT_CALIBRATION_TOKENS if (kv_rule or best_rule(model)) == "direct" else CALIBRATION_TOKENS
 
 
 def calibrate_model(
@@ -45,10 +59,9 @@ def calibrate_model(
         EvaluationError: too few windows, or no place to write.
     """
     file = target.with_name(f".{target.name}.progress") if target else None
-    bench = Measurements(model, windows, plan.batch, file, advance)
-    network = model.network
-    stops = network.direct_stops
-    kv_rule = kv_rule or ("direct" if stops else "affine" if network.shortcuts is not None else "frozen")
+    kv_rule, stops = kv_rule or best_rule(model), model.network.direct_stops
+    share = _DIRECT_SEARCH_SHARE if kv_rule == "direct" else SEARCH_SHARE
+    bench = Measurements(model, windows, plan.batch, file, advance, search=share)
     space = Space.of(
         model.config.num_hidden_layers,
         planes=bench.planes,
@@ -87,6 +100,7 @@ def calibrated_on(
     tokens: int,
     *,
     judged: Sequence[Window],
+    kv_rule: KvRuleName | None = None,
     target: Path | None = None,
     advance: Advance = lambda n=1: None,
 ) -> Found:
@@ -96,6 +110,7 @@ def calibrated_on(
         model, plan, advance: as for `study`.
         documents: calibration text.
         tokens: how many of its tokens to score at most.
+        kv_rule: as for `calibrate_model`.
         judged: the windows that the policies will be judged on; figures on what was calibrated on would flatter.
         target: where the result will be; an interrupted calibration goes on from a hidden file beside it.
 
@@ -104,7 +119,8 @@ def calibrated_on(
     """
     windows = cut(model, documents, replace(plan, max_tokens=tokens))
     _require_unseen(judged, windows)
-    found = calibrate_model(model, windows, plan, [Goal(b) for b in BUDGETS], target=target, advance=advance)
+    goals = [Goal(budget) for budget in BUDGETS]
+    found = calibrate_model(model, windows, plan, goals, kv_rule=kv_rule, target=target, advance=advance)
     space = Space.of(model.config.num_hidden_layers, planes=has_planes(model.network))
     return Found(found, observe_for(model, windows, space))
 

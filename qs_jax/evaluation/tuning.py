@@ -21,9 +21,9 @@ from jaxtyping import Array, Float
 from qs_jax import lens
 from qs_jax.evaluation.direct import Seen
 from qs_jax.evaluation.lens import is_held_out
+from qs_jax.evaluation.resting import Divided, taken, through
 from qs_jax.lens import DirectMap
-from qs_jax.models.attention import new_segment
-from qs_jax.models.base import CausalLM, Hidden
+from qs_jax.models.base import CausalLM
 from qs_jax.models.layers import DirectKv
 
 PEAK = 1e-4
@@ -42,9 +42,10 @@ CHECKS = 10
 
 
 class _Example(NamedTuple):
-    """Windows whose first tokens run, the next rest and the last ones run: states at the stop of those that run, what
-    the lens reads of those that rest, and the dense model's final states of the last ones."""
+    """Windows of which some tokens rest: states at the stop of those that run, what the lens reads of those that rest,
+    and the dense model's final states of the last ones."""
 
+    divided: Divided
     running: Float[Array, "windows running hidden"]
     resting: tuple[Float[Array, "windows resting hidden"], ...]
     final: Float[Array, "windows last hidden"]
@@ -65,6 +66,7 @@ def tune(
     seen: Seen,
     minutes: float,
     *,
+    share: float = 0.0,
     peak: float = PEAK,
     seed: int = 0,
     keep: Callable[[Tuned], None] = lambda tuned: None,
@@ -77,6 +79,7 @@ def tune(
         start: the map to begin with.
         seen: what the dense model showed on windows, the final states of the last tokens among it.
         minutes: how long, compilation apart.
+        share: of the tokens that might rest those that run, the rarest: what `protect_rare` spares.
         peak: the highest learning rate.
         seed: of the order of windows.
         keep: called with the best so far whenever it is better: where to write it down.
@@ -87,11 +90,15 @@ def tune(
     windows = len(seen.tokens)
     held_out = [row for row in range(windows) if is_held_out(row, windows)]
     used = [row for row in range(windows) if not is_held_out(row, windows)]
+    parts = divided(seen, share, model.config.vocab_size)
     stand_in = lens.stand_in(start, jnp.dtype(jnp.float32))
     moments = optax.scale_by_adam().init(_weights(stand_in))
 
+    def example(rows: list[int]) -> _Example:
+        return _example(seen, start, Divided(parts.runs[rows], parts.rests[rows]), rows)
+
     def loss(part: DirectKv) -> float:
-        return float(np.mean([_divergence(part, model, _example(seen, start, rows)) for rows in _cut(held_out)]))
+        return float(np.mean([_divergence(part, model, example(rows)) for rows in _cut(held_out)]))
 
     best = Tuned(start, [{"minutes": 0.0, "steps": 0, "held_out": loss(stand_in)}])
     advance()
@@ -100,7 +107,7 @@ def tune(
     while spent < 60 * minutes:
         began = time.perf_counter()
         rate = peak * _rate(spent / (60 * minutes))
-        stand_in, moments = _step(stand_in, moments, model, _example(seen, start, next(order)), jnp.float32(rate))
+        stand_in, moments = _step(stand_in, moments, model, example(next(order)), jnp.float32(rate))
         jax.block_until_ready(stand_in)
         took, steps = time.perf_counter() - began, steps + 1
         if steps > 1:  # the first one compiles
@@ -135,14 +142,22 @@ def _shuffled(rows: list[int], seed: int) -> Iterator[list[int]]:
         yield from _cut(rng.permutation(rows).tolist())
 
 
-def _example(seen: Seen, of: DirectMap, rows: list[int]) -> _Example:
-    """Some windows."""
-    at, last = np.asarray(rows), seen.final.shape[1]
-    end = seen.tokens.shape[1] - last
-    stopped = seen.states[of.stop][at]
-    running = jnp.concatenate([stopped[:, :SINKS], stopped[:, end:]], axis=1)
-    resting = tuple(seen.states[layer][at, SINKS:end] for layer in of.inputs)
-    return _Example(running, resting, seen.final[at])
+def divided(seen: Seen, share: float, vocab_size: int) -> Divided:
+    """The first and last tokens of windows run, and a share of the others, the rarest; as many in every window."""
+    tokens, last = np.asarray(seen.tokens), seen.final.shape[1]
+    rarity = lens.rarity_of(tokens, vocab_size)[tokens]
+    rarity[:, :SINKS] = rarity[:, tokens.shape[1] - last :] = np.inf
+    running = SINKS + last + round(share * (tokens.shape[1] - SINKS - last))
+    runs = np.zeros(tokens.shape, bool)
+    np.put_along_axis(runs, np.argsort(-rarity, axis=1, kind="stable")[:, :running], True, axis=1)
+    return Divided.by(runs)
+
+
+def _example(seen: Seen, of: DirectMap, parts: Divided, rows: list[int]) -> _Example:
+    """Some windows, divided."""
+    at = np.asarray(rows)
+    resting = tuple(taken(seen.states[layer][at], parts.rests) for layer in of.inputs)
+    return _Example(parts, taken(seen.states[of.stop][at], parts.runs), resting, seen.final[at])
 
 
 def _weights(stand_in: DirectKv) -> tuple[Array, ...]:
@@ -175,26 +190,8 @@ def _step(
 @jax.jit
 def _divergence(stand_in: DirectKv, model: CausalLM, example: _Example) -> Float[Array, ""]:
     """KL divergence from the dense model's next tokens, in nats, mean over the last tokens of the windows."""
-    states = _through(stand_in, model, example)[:, SINKS:]
+    last = example.final.shape[1]
+    states = through(stand_in, model, example.divided, example.running, example.resting)[:, -last:]
     dense = jax.nn.log_softmax(jax.lax.stop_gradient(model.head(example.final)), axis=-1)
     found = jax.nn.log_softmax(model.head(states), axis=-1)
     return (jnp.exp(dense) * (dense - found)).sum(axis=-1).mean()
-
-
-def _through(stand_in: DirectKv, model: CausalLM, example: _Example) -> Hidden:
-    """Final states of those that run, which see of the others what the lens leaves."""
-    windows, resting, _ = example.resting[0].shape
-    places = jnp.arange(resting + example.running.shape[1], dtype=jnp.int32)
-    rests = places[SINKS : SINKS + resting]
-    runs = jnp.concatenate([places[:SINKS], places[SINKS + resting :]])
-    sees = (rests[None, None, :] <= runs[None, :, None]), (runs[None, None, :] <= runs[None, :, None])
-    at_rest, running = (jnp.broadcast_to(part, (windows, len(part))) for part in (rests, runs))
-    latent, states = stand_in.latent(example.resting), example.running
-    for number in range(stand_in.stop, len(model.blocks)):
-        block = model.blocks[number]
-        k, v = jnp.split(stand_in.features(number, latent), 2, axis=-1)
-        left = new_segment(*block.placed(k, v, at_rest), sees[0])
-        k, v = block.kv(states, running)
-        view = left, new_segment(k, v, sees[1])
-        states = block.run_over(states, running, view, k, v).hidden_states
-    return states

@@ -157,6 +157,23 @@ def test_a_mechanism_that_fails_does_not_hide_the_uniform_stops() -> None:
     assert any(not row["accepted"] for row in found.tested)
 
 
+def test_a_stop_of_the_direct_lens_that_fails_does_not_hide_other_stops() -> None:
+    """The later of two harms, the earlier is harmless; with orders of their own the latter is found."""
+
+    class LaterHarms(FakeBench):
+        def true_shift(self, policy: Policy) -> float:
+            halting = policy.prompt_halting
+            return 0.5 * (halting is not None and halting.layers == (5,))
+
+    space = Space.of(DEPTH, planes=False, kv_rule="direct", direct_stops=(3, 5))
+    found = calibrate(LaterHarms(0, windows=400), space, observed(), 300, [Goal(0.2)])[0]
+    assert found.policy.prompt_halting is not None
+    assert found.policy.prompt_halting.layers == (3,)
+    assert [row["accepted"] for row in found.tested] == [False, *[True] * 4]
+    assert found.uniform is None
+    assert found.uniform_with_lens == found.chosen
+
+
 def test_a_uniform_stop_is_tested_whatever_the_search_makes_of_it() -> None:
     """The search finds the stop after 6 layers dear and the one after 5 harmless; on other text it is the reverse."""
     stops = {6: (0.15, 0.0), 5: (0.0, 0.5)}

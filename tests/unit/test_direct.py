@@ -17,8 +17,11 @@ from qs_jax.engine.session import Request, Session
 from qs_jax.errors import CheckpointError, EvaluationError, PolicyError
 from qs_jax.evaluation import direct as fitting
 from qs_jax.evaluation import tuning
-from qs_jax.evaluation.candidates import Space, rare_above, uniform_stops
+from qs_jax.evaluation.candidates import Space, direct_orders, rare_above
 from qs_jax.evaluation.direct import fit_direct
+from qs_jax.evaluation.resting import Divided, score_stops, through
+from qs_jax.evaluation.scoring import score_alone
+from qs_jax.evaluation.windows import Window
 from qs_jax.files import DIRECT_LENS_FILE
 from qs_jax.lens import DirectLens, DirectMap, rarity_of, stand_in, with_direct_lens
 from qs_jax.loading import load
@@ -27,7 +30,7 @@ from qs_jax.request import bind_policy
 from tests.study import LETTERS, command, model_folder
 from tests.tiny import tiny_model
 
-LAYERS, HIDDEN, STOP, LAST = 4, 32, 2, 24
+LAYERS, HIDDEN, STOP, LAST, SCORED = 4, 32, 2, 24, 8
 WINDOWS = np.random.default_rng(5).integers(12, 97, (12, 64))
 FEATURES = 2 * 2 * 8
 SOUND = {
@@ -98,32 +101,67 @@ def test_what_cannot_be_fitted_is_refused(options: dict[str, Any], complaint: st
         fit_direct(tiny_model("llama", LAYERS), **{"windows": WINDOWS, **options})
 
 
-def direct(model: Model, found: DirectMap) -> Model:
-    return replace(model, network=with_direct_lens(model.network, DirectLens((found,))))
-
-
-def stopping(last: int) -> Policy:
+def stopping(last: int, rare: float | None = None) -> Policy:
     halting = Halting(thresholds=np.inf, layers=(STOP,))
-    return Policy("stop", prompt_halting=halting, kv_rule="direct", protect_last=last)
+    return Policy("stop", prompt_halting=halting, kv_rule="direct", protect_last=last, protect_rare=rare)
+
+
+def with_rare_tokens(each: int) -> np.ndarray:
+    """Windows of twenty common tokens, and of so many that occur once in each of those places that might rest."""
+    windows, rng = WINDOWS % 20 + 12, np.random.default_rng(6)
+    for row in windows:
+        row[rng.permutation(np.arange(tuning.SINKS, len(row) - LAST))[:each]] = np.arange(60, 60 + each)
+    return windows
+
+
+@pytest.mark.parametrize("rare", [0, 9])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_is_tuned_is_what_the_engine_runs(name: str, rare: int) -> None:
+    """Final states of the tokens that run, against the logits that the engine scores them with."""
+    model, windows = tiny_model(name, LAYERS), with_rare_tokens(rare)
+    (fit,), seen = fit_direct(model, windows, [STOP], rank=8, last=LAST)
+    parts = tuning.divided(seen, rare / (windows.shape[1] - tuning.SINKS - LAST), model.config.vocab_size)
+    example = tuning._example(seen, fit.map, Divided(*(part[:2] for part in parts)), [0, 1])
+    lens = stand_in(fit.map, jnp.dtype(jnp.float32))
+    states = through(lens, model.network, example.divided, example.running, example.resting)
+    mine = np.asarray(model.network.head(states[:, -LAST:]))
+    rarity = rarity_of(windows, model.config.vocab_size)
+    lensed = replace(model, network=with_direct_lens(model.network, DirectLens((fit.map,), rarity)))
+    policy = stopping(LAST - SCORED, float(rarity[60]) if rare else None)
+    request = Request(
+        prompts=windows[:2, :-SCORED].tolist(), copies=1, max_new_tokens=SCORED, eos_token_ids=[], seeds=[(0, 0)] * 2,
+        sampling=Sampling.of(), chunk_size=SCORED, policy=bind_policy(lensed, policy),
+        forced=windows[:2, -SCORED:].tolist(), keep_logits=True,
+    )  # fmt: skip
+    chunks = list(Session(lensed.network, request).chunks())
+    theirs = np.concatenate([chunk.logits for chunk in chunks])[:SCORED]
+    np.testing.assert_allclose(theirs, mine[:, -SCORED - 1 : -1].transpose(1, 0, 2), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_what_is_tuned_is_what_the_engine_runs(name: str) -> None:
-    """Final states of the tokens that run, against the logits that the engine scores them with."""
-    model = tiny_model(name, LAYERS)
-    (fit,), seen = fit_direct(model, WINDOWS, [STOP], rank=8, last=LAST)
-    example = tuning._example(seen, fit.map, [0, 1])
-    states = tuning._through(stand_in(fit.map, jnp.dtype(jnp.float32)), model.network, example)
-    mine = np.asarray(model.network.head(states[:, tuning.SINKS :]))
-    scored = 8
-    request = Request(
-        prompts=WINDOWS[:2, :-scored].tolist(), copies=1, max_new_tokens=scored, eos_token_ids=[], seeds=[(0, 0)] * 2,
-        sampling=Sampling.of(), chunk_size=scored, policy=bind_policy(direct(model, fit.map), stopping(LAST - scored)),
-        forced=WINDOWS[:2, -scored:].tolist(), keep_logits=True,
-    )  # fmt: skip
-    chunks = list(Session(direct(model, fit.map).network, request).chunks())
-    theirs = np.concatenate([chunk.logits for chunk in chunks])[:scored]
-    np.testing.assert_allclose(theirs, mine[:, -scored - 1 : -1].transpose(1, 0, 2), rtol=0, atol=2e-4)
+def test_stops_that_are_scored_together_are_the_engines(name: str) -> None:
+    """Of rows with different numbers of rare tokens, and of two stops."""
+    model, windows, rng = tiny_model(name, LAYERS), WINDOWS % 20 + 12, np.random.default_rng(7)
+    for row, window in enumerate(windows):
+        window[rng.permutation(len(window))[: 3 * row]] = rng.integers(60, 97, 3 * row)
+    fits, _ = fit_direct(model, windows, [1, STOP], rank=8)
+    rarity = rarity_of(windows, model.config.vocab_size)
+    model = replace(model, network=with_direct_lens(model.network, DirectLens(tuple(f.map for f in fits), rarity)))
+    common = float(np.sort(rarity)[30])
+    policies = {
+        f"{stop} {last} {rare}": Policy(
+            prompt_halting=Halting(thresholds=(np.inf,), layers=(stop,)), kv_rule="direct", protect_last=last,
+            protect_rare=rare,
+        )
+        for stop, last, rare in [(1, 16, None), (STOP, 8, common), (1, 3, common)]
+    }  # fmt: skip
+    cut = [Window(tuple(one[:48].tolist()), tuple(one[48:].tolist()), (), ()) for one in windows]
+    dense, found = score_stops(model, cut, policies, batch=4)
+    policies["off"], found["off"] = Policy.off(), dense
+    for each, policy in policies.items():
+        theirs = score_alone(model, cut, bind_policy(model, policy), batch=4).nll
+        np.testing.assert_allclose(found[each], theirs, rtol=0, atol=2e-5, err_msg=each)
+        assert each == "off" or np.abs(found[each] - dense).min() > 1e-4
 
 
 def test_tuning_brings_it_nearer_and_is_never_worse_on_what_was_held_out() -> None:
@@ -194,14 +232,13 @@ def test_text_that_says_one_thing_only_gives_a_map_of_finite_numbers() -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_calibration_tries_stops_that_save_a_layer_and_no_others(depth: int) -> None:
     space = Space.of(depth, planes=False, kv_rule="direct", direct_stops=tuple(range(1, depth)))
-    policies = uniform_stops(space, 300)
-    stops = [
-        policy.prompt_halting.layers[0] for policy in policies if policy.prompt_halting and policy.prompt_halting.layers
-    ]
-    assert set(stops) == set(range(1, depth - 1))
-    saved = [(depth - 1 - stop) * (300 - policy.protect_last) for stop, policy in zip(stops, policies, strict=True)]
-    assert saved == sorted(saved)
-    assert all(policy.protect_rare is None for policy in policies)
+    orders = direct_orders(space, 300)
+    stops = [{policy.prompt_halting.layers for policy in order if policy.prompt_halting} for order in orders]
+    assert stops == [{(stop,)} for stop in range(depth - 2, 0, -1)]
+    for order in orders:
+        assert [policy.protect_last for policy in order] == [128, 64, 32, 16]
+        assert all(policy.protect_rare is None and policy.fusion is None for policy in order)
+    assert direct_orders(space, 16) == []
 
 
 def test_calibration_spares_the_rarest_tokens_of_its_own_text() -> None:
@@ -211,7 +248,9 @@ def test_calibration_spares_the_rarest_tokens_of_its_own_text() -> None:
     assert 0.1 < (rarity[tokens] >= least).mean() <= 0.15
     assert rare_above(np.ones(5), 0.2) == 1
     space = Space.of(4, planes=False, kv_rule="direct", direct_stops=(2,), rare=least)
-    assert {policy.protect_rare for policy in uniform_stops(space, 300)} == {least}
+    (order,) = direct_orders(space, 300)
+    spared = [(policy.protect_last, policy.protect_rare) for policy in order]
+    assert spared == [(128, least), (64, least), (32, least), (32, None), (16, None)]
 
 
 def test_rare_tokens_run_on_and_others_rest() -> None:

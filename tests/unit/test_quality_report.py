@@ -127,7 +127,8 @@ def test_what_presets_cost_is_a_row_per_model_and_text() -> None:
 
 def test_what_the_direct_lens_brings_is_told_by_text_and_only_as_far_as_it_was_measured() -> None:
     cost = {"flops_reduction": 0.25, "perplexity_increase": 0.1234, "perplexity_increase_interval": [-0.05, 0.3]}
-    texts = {"c4-sample.jsonl": {"tuned": {"64": cost}}, "wikitext103-test.raw.txt": {"tuned": {"64": cost}}}
+    less = {**cost, "flops_reduction": 0.2}
+    texts = {"c4-sample.jsonl": {"tuned": {"64": cost}}, "wikitext103-test.raw.txt": {"tuned": {"64": less}}}
     halting = {"prompt_halting": {"layers": [18]}, "protect_last": 64}
     found = {
         "settings": {"stop": 18},
@@ -139,18 +140,24 @@ def test_what_the_direct_lens_brings_is_told_by_text_and_only_as_far_as_it_was_m
         },
         "time": {
             "cpu": "mine",
-            "512": {"dense": {"median_ms": 10.0}, "direct": {"median_ms": 8.0}, "speedup": 1.25, "ledger": 1.3},
+            "512": {
+                "last": 64, "rare": 11.0, "dense": {"median_ms": 10.0}, "direct": {"median_ms": 8.0}, "speedup": 1.25,
+                "ledger": 1.3,
+            },
         },
         "fit": {"curve": [{"minutes": 0.0, "steps": 0, "held_out": 0.05}]},
     }  # fmt: skip
-    tables, costs = direct_lens(found), "25.0% | +0.12 (-0.05 to +0.30)"
+    tables, costs = direct_lens(found), "25.0% / 20.0% | +0.12 (-0.05 to +0.30)"
     assert tables["direct parts"].splitlines()[2:] == [
         f"| {stop} | tuned | 64 | {costs} | +0.12 (-0.05 to +0.30) |" for stop in (18, 21)
     ]
     assert tables["direct calibrated"].splitlines()[2:] == [
         "| calibrated +0.2 | 18 | last 64 | 25.0% | +0.12 (-0.05 to +0.30) |"
     ]
-    assert tables["direct time"].splitlines()[-1] == "| 512 | 10 | 8 | 1.25 × | 1.30 × |"
+    assert (
+        tables["direct time"].splitlines()[-1]
+        == "| 18 | last 64, rarer than 11.0 nats | 512 | 10 | 8 | 1.25 × | 1.30 × |"
+    )
     assert tables["direct tuning"].splitlines()[-1] == "| 0.0 | 0 | 0.0500 |"
     assert direct_lens({}) == {}
 
