@@ -230,8 +230,10 @@ def _judged(
         )
         found = on(calibration_tokens, kv_rule="affine")
         if plan.prefix != 0:
+            jax.clear_caches()  # a process can map only so many programs, and two calibrations are too many
             direct = on(DIRECT_WINDOWS * calibration_tokens, kv_rule="direct").calibrated
             found = replace(found, calibrated=[*found.calibrated, *map(with_direct, direct)])
+        jax.clear_caches()
         texts = {}
         for file, part in windows.items():
             runs = free_runs if not texts else 0

@@ -3,7 +3,7 @@
     python -m benchmarks.resting                        # all parts; an hour on two cores
     python -m benchmarks.resting --only tokens          # which tokens run on, by what they show, beside random ones
     python -m benchmarks.resting --only depths          # early stops of common tokens beside late ones of all
-    python -m benchmarks.resting --only halves          # one half of a layer, the other from a linear map
+    python -m benchmarks.resting --only halves          # tokens that attend on, their feed-forward from a linear map
     python -m benchmarks.resting --only exits           # generated tokens that leave through a lens where it is sure
     python -m benchmarks.resting --lens lens.st --only tokens     # with a lens that was tuned, `direct_lens --keep`
     python -m benchmarks.resting --report               # the tables of docs/resting.md, from the results
@@ -16,20 +16,17 @@ form unless one is given.
 Predictions, after trials by hand with lenses of fewer tokens: (1) how rare a token is in text at large tells better
 than states, norms or attention paid so far which tokens should run on; only the attention that will be paid, an oracle,
 is better; (2) at equal saving common tokens that stop early beat all tokens that stop late; (3) a token that attends on
-leaves better keys and values than the lens makes, but at equal FLOPs it loses, and one that runs the feed-forward
-and does not attend saves less and loses more; (4) generated tokens that leave where
-the lens is sure, at 1 % of perplexity, save less than 3 % of a step, and as drafts all of them are right too seldom for
-what they take. Outcome: docs/resting.md.
+leaves better keys and values than the lens makes, but at equal FLOPs it loses; (4) generated tokens that leave where
+the lens is sure, at 1 % of perplexity, save less than 3 % of a step. Outcome: docs/resting.md.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +60,7 @@ SHARES = (0.15,)
 """Of the tokens that might rest, those that run on."""
 LASTS, DEPTH_SHARES = (64, 128), (0.0, 0.08, 0.15, 0.3)
 HALVES = (6, 12, 18)
-Part = Literal["attention", "feed-forward"]
-PARTS: tuple[Part, ...] = ("attention", "feed-forward")
-"""A layer's halves, in order."""
-EXITS, EXIT_SHARES = (18, 21, 24, 27), (0.05, 0.1, 0.25, 1.0)
+EXITS, EXIT_SHARES = (18, 21, 24, 27), (0.05, 0.1, 0.25)
 """After how many layers a generated token may leave, and how many of them do."""
 OBSERVED = 32
 """Tokens at a prompt's end whose attention is looked at."""
@@ -229,13 +223,12 @@ def depths(bench: Bench) -> dict[str, Any]:
 # What else a token could do
 
 
-@partial(jax.jit, static_argnames="part")
-def _update(block: Block, states: Hidden, part: Part) -> Hidden:
-    """What a half adds to states that enter it."""
-    if part == "feed-forward":
-        return block.mlp(states)
+@jax.jit
+def _attended(block: Block, states: Hidden) -> tuple[Hidden, Hidden]:
+    """States after the attention half, and the feed-forward's update to them."""
     at = forced.places(states)
-    return block.attend(states, at, (new_segment(*block.kv(states, at)),))
+    middle = states + block.attend(states, at, (new_segment(*block.kv(states, at)),))
+    return middle, block.mlp(middle)
 
 
 def _linear(x: Float[Array, "rows inputs"], y: Float[Array, "rows outputs"]) -> tuple[Array, Array]:
@@ -248,70 +241,51 @@ def _linear(x: Float[Array, "rows inputs"], y: Float[Array, "rows outputs"]) -> 
     return kernel, mean_y - mean_x @ kernel
 
 
-@partial(jax.jit, static_argnames="without")
-def _layer_without(block: Block, states: Hidden, rests: Array, kernel: Array, bias: Array, without: Part) -> Hidden:
-    """A layer in which those that rest run one half, and take the other's update from a linear map."""
-    for part in PARTS:
-        update = _update(block, states, part)
-        if part == without:
-            update = jnp.where(rests[..., None], normal(states, STATE_EPSILON) @ kernel + bias, update)
-        states = states + update
-    return states
+@jax.jit
+def _half(block: Block, states: Hidden, rests: Array, kernel: Array, bias: Array) -> Hidden:
+    """A layer in which those that rest attend, and take the feed-forward's update from a linear map."""
+    middle, update = _attended(block, states)
+    return middle + jnp.where(rests[..., None], normal(middle, STATE_EPSILON) @ kernel + bias, update)
 
 
-def half_maps(bench: Bench, stop: int, without: Part) -> list[tuple[Array, Array]]:
+def half_maps(bench: Bench, stop: int) -> list[tuple[Array, Array]]:
     """A map for every layer from the stop on but the last, fitted on those that rest, with the maps before it."""
     windows = [bench.fitted_on[at : at + BATCH] for at in range(0, MAP_WINDOWS, BATCH)]
     states = [forced.seen(bench.network, ids).states[stop] for ids in windows]
     rests = jnp.asarray(forced.all_but(LAST, BATCH))
     maps = []
     for block in bench.network.blocks[stop:-1]:
-        entering = states if without == PARTS[0] else [one + _update(block, one, PARTS[0]) for one in states]
-        shown = [_of_half(block, one, rests, without) for one in entering]
-        x, y = (jnp.concatenate(part) for part in zip(*shown, strict=True))
-        kernel, bias = _linear(x, y)
+        halves = [_attended(block, one) for one in states]
+        x, y = (jnp.concatenate([one[rests] for one in part]) for part in zip(*halves, strict=True))
+        kernel, bias = _linear(normal(x, STATE_EPSILON), y)
         maps.append((kernel, bias))
-        states = [_layer_without(block, one, rests, kernel, bias, without) for one in states]
+        states = [_half(block, one, rests, kernel, bias) for one in states]
     return maps
 
 
-def _of_half(block: Block, entering: Hidden, rests: Array, part: Part) -> tuple[Array, Array]:
-    """Of those that rest, what a map reads and what it is to say."""
-    return normal(entering[rests], STATE_EPSILON), _update(block, entering, part)[rests]
-
-
 def halves(bench: Bench) -> dict[str, Any]:
-    """Tokens that run one half of all layers, and not the other after so many."""
-    network, ways = bench.network, tuple(product(PARTS, HALVES))
-    maps = {way: half_maps(bench, way[1], way[0]) for way in ways}
+    """Tokens that attend on in all layers, but run no feed-forward after so many."""
+    network = bench.network
+    maps = {stop: half_maps(bench, stop) for stop in HALVES}
     dense, found = list[Losses](), dict[str, list[Losses]]()
     for of in bench.seen("half skips"):
         dense.append(of.nll)
         rests = jnp.asarray(forced.all_but(LAST, len(of.nll)))
-        for without, stop in ways:
+        for stop, of_stop in maps.items():
             states = of.states[stop]
-            for block, (kernel, bias) in zip(network.blocks[stop:-1], maps[without, stop], strict=True):
-                states = _layer_without(block, states, rests, kernel, bias, without)
+            for block, (kernel, bias) in zip(network.blocks[stop:-1], of_stop, strict=True):
+                states = _half(block, states, rests, kernel, bias)
             last = forced.layer(network.blocks[-1], states)
-            nll = np.asarray(forced.losses(network, last, of.tokens))
-            found.setdefault(f"{without}, {stop}", []).append(nll)
+            found.setdefault(str(stop), []).append(np.asarray(forced.losses(network, last, of.tokens)))
     result: dict[str, Any] = forced.outcome(found, dense)
-    rests = PROMPT - FIRST - LAST
-    for without, stop in ways:
-        layers, saved = len(network.blocks) - 1 - stop, _half_flops(bench.model, without)
-        share = rests * layers * saved / forced.dense_flops(bench.model)
-        result[f"{without}, {stop}"] |= {"without": without, "stop": stop, "flops_reduction": share}
+    block, width = network.blocks[0], bench.model.config.hidden_size
+    attends = sum(2 * part.kernel.get_value().size for part in (block.q, block.k, block.v, block.o))
+    feed_forward = Costs.of(network).layers[0].flops - attends
+    rests, dense_flops = PROMPT - FIRST - LAST, forced.dense_flops(bench.model)
+    for stop, row in result.items():
+        layers = len(network.blocks) - 1 - int(stop)
+        row["flops_reduction"] = rests * layers * (feed_forward - 2 * width**2) / dense_flops
     return result
-
-
-def _half_flops(model: Model, part: Part) -> int:
-    """What a token saves in a layer without one half: keys and values stay to be made, and there is the map to run."""
-    costs, block = Costs.of(model.network), model.network.blocks[0]
-    projections = {name: 2 * getattr(block, name).kernel.get_value().size for name in ("q", "k", "v", "o")}
-    whole = costs.layers[0].flops - sum(projections.values())
-    if part == "attention":
-        whole = projections["q"] + projections["o"] + costs.attention_flops_per_slot * PROMPT
-    return whole - 2 * model.config.hidden_size**2
 
 
 # Generated tokens
