@@ -123,11 +123,11 @@ def score_stops(
         rows = slice(first, first + batch)
         states, final = _dense(model.network, tokens[rows], wanted)
         last = tokens[rows, -scored:]
-        dense.append(np.asarray(_nll(model.network, final[:, -scored - 1 :], last)))
+        dense.append(on_host(_nll(model.network, final[:, -scored - 1 :], last)))
         for name, lens in lenses.items():
             divided = Divided(*(part[rows] for part in parts[name]))
             given = taken(states[lens.stop], divided.runs), [taken(states[n], divided.rests) for n in lens.inputs]
-            found[name].append(np.asarray(_stopped(lens, model.network, divided, *given, last)))
+            found[name].append(on_host(_stopped(lens, model.network, divided, *given, last)))
         advance()
     together = np.concatenate(dense), {name: np.concatenate(parts) for name, parts in found.items()}
     if not all(np.isfinite(nll).all() for nll in (together[0], *together[1].values())):

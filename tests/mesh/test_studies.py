@@ -1,6 +1,7 @@
 """Studies on eight devices find what they find on one."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,20 @@ def test_a_calibration_chooses_the_same(models: tuple[qs_jax.Model, qs_jax.Model
     assert [row["flops_reduction"] for row in there.to_json()["tested"]] == pytest.approx(
         [row["flops_reduction"] for row in here.to_json()["tested"]]
     )
+
+
+def test_stops_of_a_direct_lens_are_calibrated_alike(tmp_path: Path) -> None:
+    """Rare tokens run on either."""
+    folder = model_folder(tmp_path / "model", layers=4)
+    load = partial(qs_jax.load, folder, compilation_cache=False)
+    qs_jax.fit_direct_lens(load(), [TEXT], [1, 2], out=folder / "direct_lens.safetensors")
+    asked: dict[str, Any] = {"max_tokens": 120, "max_ppl_increase": 50.0, **CUT}
+    there, here = (qs_jax.calibrate(model, [TEXT], **asked).to_json() for model in (load(mesh=MESH), load()))
+    assert there["policy"] == here["policy"]
+    assert {row["policy"]["protect_rare"] is None for row in here["tested"]} == {False, True}
+    for name in ("flops_reduction", "perplexity_increase"):
+        ours, theirs = ([row[name] for row in found["tested"]] for found in (there, here))
+        assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 def test_a_lens_is_fitted_alike(models: tuple[qs_jax.Model, qs_jax.Model]) -> None:
