@@ -191,7 +191,7 @@ def calibrate(
 
         # what can be wrong without the model is, before it is loaded
         Goal.of(max_ppl_increase, confidence)
-        Plan(prefix, window, max_tokens or 1, batch)
+        Plan(prefix, window, CALIBRATION_TOKENS if max_tokens is None else max_tokens, batch)
         corpus, further = Corpus.of(text, documents), [Corpus.of(one) for one in further_text or ()]
         loaded = load_model(model, common)
         with progress("calibrating") as advance:

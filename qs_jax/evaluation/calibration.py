@@ -110,7 +110,7 @@ def search(bench: Bench, space: Space, observed: Observed, prefix: int, budgets:
     neutral, most = space.neutral(prefix), max(budgets)
     parts: list[list[Policy]] = []
     if space.kv_rule == "direct":
-        parts.append(uniform_stops(space, prefix))
+        parts.append([policy for order in direct_orders(space, prefix) for policy in order])
     if neutral.fusion:
         parts.append(_prompt_pool(bench, space, observed, prefix, budgets))
         parts.append(_until(bench, [fuse_prompt(neutral, observed, share) for share in FUSED_SHARES], most))
@@ -129,8 +129,6 @@ def _prompt_pool(bench: Bench, space: Space, observed: Observed, prefix: int, bu
     """Uniform stops until they cost too much, and per-token choices around the last affordable one of each budget."""
     neutral = space.neutral(prefix)
     uniform = _until(bench, uniform_stops(space, prefix), max(budgets))
-    if not neutral.prompt_halting:
-        return uniform
     layers = tuple(reversed(space.prompt_layers))
     shares: list[dict[int, float]] = []
     for budget in budgets:

@@ -64,7 +64,7 @@ class Space:
 
     def neutral(self, prefix: int) -> Policy:
         """Every mechanism there and none acting; without a prompt, or layers it could do without, only what concerns
-        generated tokens. With a direct lens generated tokens never halt, and prompt tokens in `uniform_stops` alone."""
+        generated tokens. With a direct lens generated tokens never halt, and prompt tokens in `direct_orders` alone."""
         prompt, fusion = (layers if prefix > 1 else () for layers in (self.prompt_layers, self.fusion_layers))
         halts, decode = self.kv_rule != "direct", self.decode_layers
         return Policy(
@@ -98,10 +98,8 @@ def all_at(halting: Halting | None, layer: int) -> Halting | None:
 
 
 def uniform_stops(space: Space, prefix: int) -> list[Policy]:
-    """All of the prompt stops after a layer: from the last candidate layer down; with a direct lens, those of
-    `direct_orders`, one after the other."""
-    if space.kv_rule == "direct":
-        return [policy for order in direct_orders(space, prefix) for policy in order]
+    """All of the prompt stops after a layer, from the last candidate layer down; with a direct lens there are
+    `direct_orders` instead."""
     neutral = space.neutral(prefix)
     if neutral.prompt_halting is None:
         return []
